@@ -1,0 +1,317 @@
+"""IPv4 and IPv6 addresses as sets of integer ranges, and every form people write them in.
+
+A range is a pair of integers, both ends included. A :class:`Addresses` value holds both families, each as a
+sorted tuple of ranges that neither overlap nor touch, so equal sets are equal values.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from heapq import merge
+from itertools import pairwise
+
+Range = tuple[int, int]
+Ranges = tuple[Range, ...]
+
+BITS = {4: 32, 6: 128}
+LAST = {4: (1 << 32) - 1, 6: (1 << 128) - 1}
+
+LOOPBACK: dict[int, Range] = {4: (0x7F000000, 0x7FFFFFFF), 6: (1, 1)}
+MULTICAST: dict[int, Range] = {4: (0xE0000000, 0xEFFFFFFF), 6: (0xFF << 120, LAST[6])}
+_MAPPED: Range = (0xFFFF << 32, (0xFFFF << 32) | LAST[4])
+_OCTETS = {str(n): n for n in range(256)}
+
+
+def merged(ranges: Iterable[Range]) -> Ranges:
+    """Sort ranges and join those that overlap or touch."""
+    out: list[Range] = []
+    first, last = -1, -2
+    for low, high in sorted(ranges):
+        if low <= last + 1:
+            if high > last:
+                last = high
+        else:
+            if last >= 0:
+                out.append((first, last))
+            first, last = low, high
+    if last >= 0:
+        out.append((first, last))
+    return tuple(out)
+
+
+def intersect(a: Ranges, b: Ranges) -> Ranges:
+    """What lies in both; linear in the number of ranges."""
+    out: list[Range] = []
+    i = j = 0
+    while i < len(a) and j < len(b):
+        low, high = max(a[i][0], b[j][0]), min(a[i][1], b[j][1])
+        if low <= high:
+            out.append((low, high))
+        if a[i][1] < b[j][1]:
+            i += 1
+        else:
+            j += 1
+    return tuple(out)
+
+
+def subtract(a: Ranges, b: Ranges) -> Ranges:
+    """What lies in ``a`` and not in ``b``; linear in the number of ranges."""
+    if not b or not a:
+        return a
+    out: list[Range] = []
+    j = 0
+    for first, last in a:
+        low = first
+        while j < len(b) and b[j][1] < low:
+            j += 1
+        k = j
+        while k < len(b) and b[k][0] <= last:
+            if b[k][0] > low:
+                out.append((low, b[k][0] - 1))
+            low = max(low, b[k][1] + 1)
+            k += 1
+        if low <= last:
+            out.append((low, last))
+    return tuple(out)
+
+
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """A set of addresses of both families. Build it with :meth:`of`; the fields are kept merged."""
+
+    v4: Ranges = ()
+    v6: Ranges = ()
+
+    @classmethod
+    def of(cls, v4: Iterable[Range] = (), v6: Iterable[Range] = ()) -> Addresses:
+        """The set that covers all given ranges."""
+        return cls(merged(v4), merged(v6))
+
+    def family(self, version: int) -> Ranges:
+        """The ranges of one family, 4 or 6."""
+        return self.v4 if version == 4 else self.v6
+
+    def only(self, version: int) -> Addresses:
+        """The part of one family."""
+        return Addresses(self.v4) if version == 4 else Addresses((), self.v6)
+
+    def __or__(self, other: Addresses) -> Addresses:
+        return Addresses(_union(self.v4, other.v4), _union(self.v6, other.v6))
+
+    def __and__(self, other: Addresses) -> Addresses:
+        return Addresses(intersect(self.v4, other.v4), intersect(self.v6, other.v6))
+
+    def __sub__(self, other: Addresses) -> Addresses:
+        return Addresses(subtract(self.v4, other.v4), subtract(self.v6, other.v6))
+
+    def __bool__(self) -> bool:
+        return bool(self.v4 or self.v6)
+
+    def __contains__(self, address: tuple[int, int]) -> bool:
+        """``(version, integer) in addresses``."""
+        version, value = address
+        return covers(self.family(version), value)
+
+    def __len__(self) -> int:
+        """Number of ranges, not of addresses."""
+        return len(self.v4) + len(self.v6)
+
+    @property
+    def size(self) -> int:
+        """Number of single addresses."""
+        return sum(b - a + 1 for a, b in self.v4) + sum(b - a + 1 for a, b in self.v6)
+
+    def texts(self) -> tuple[str, ...]:
+        """Every range as prefix or ``a-b``, IPv4 first: the canonical form."""
+        return tuple(range_text(v, r) for v in (4, 6) for r in self.family(v))
+
+
+EVERYONE = Addresses(((0, LAST[4]),), ((0, LAST[6]),))
+NOBODY = Addresses()
+
+
+def _union(a: Ranges, b: Ranges) -> Ranges:
+    if not a or not b:
+        return a or b
+    return merged(merge(a, b))
+
+
+def covers(ranges: Ranges, value: int) -> bool:
+    """True when one of the ranges holds the integer; binary search."""
+    low, high = 0, len(ranges)
+    while low < high:
+        middle = (low + high) // 2
+        if ranges[middle][1] < value:
+            low = middle + 1
+        else:
+            high = middle
+    return low < len(ranges) and ranges[low][0] <= value
+
+
+def prefixes(version: int, ranges: Iterable[Range]) -> Iterator[tuple[int, int]]:
+    """Cut ranges into ``(network, prefix length)``, the fewest possible (RFC 4632)."""
+    bits = BITS[version]
+    for low, high in ranges:
+        start = low
+        while start <= high:
+            free = (start & -start).bit_length() - 1 if start else bits
+            fit = (high - start + 1).bit_length() - 1
+            step = min(free, fit)
+            yield start, bits - step
+            start += 1 << step
+
+
+def address_text(version: int, value: int) -> str:
+    """One address in its canonical form (IPv6: RFC 5952)."""
+    if version == 4:
+        return f"{value >> 24}.{value >> 16 & 255}.{value >> 8 & 255}.{value & 255}"
+    return str(ipaddress.IPv6Address(value))
+
+
+def prefix_text(version: int, network: int, length: int) -> str:
+    """``network/length``, without the length where it is a single address."""
+    text = address_text(version, network)
+    return text if length == BITS[version] else f"{text}/{length}"
+
+
+def range_text(version: int, span: Range) -> str:
+    """A range as one prefix where it is one, else as ``a-b``."""
+    low, high = span
+    size = high - low + 1
+    if size & (size - 1) == 0 and low & (size - 1) == 0:
+        return prefix_text(version, low, BITS[version] - size.bit_length() + 1)
+    return f"{address_text(version, low)}-{address_text(version, high)}"
+
+
+class AddressError(ValueError):
+    """Text that is no usable address. ``code`` is one of ``diagnostics.CODES``."""
+
+    def __init__(self, code: str, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.code, self.message, self.hint = code, message, hint
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One parsed entry: a range of one family. ``masked`` names the prefix it became where host bits were set."""
+
+    version: int
+    span: Range
+    masked: str = ""
+
+
+def parse_entry(text: str, allow: Iterable[str] = ()) -> Entry:
+    """Read an address, prefix, range ``a-b`` or wildcard ``a.b.c.x``.
+
+    ``allow`` may hold ``everyone``, ``loopback``, ``multicast``: kinds of entries that are refused otherwise.
+
+    Raises:
+        AddressError: the text is none of these, or a kind that is refused.
+    """
+    entry = _parse_any(text)
+    version, (low, high) = entry.version, entry.span
+    if (low, high) == (0, LAST[version]):
+        if "everyone" not in allow:
+            raise AddressError(
+                "address-everyone",
+                f"`{text}` is every address there is",
+                "write `from: anywhere` at the service if it is public, or say `allow: [everyone]` at this entry",
+            )
+        return entry
+    if version == 6 and low <= _MAPPED[1] and high >= _MAPPED[0] and high - low < 1 << 120:
+        raise AddressError("address-mapped", f"`{text}` is an IPv4 address in IPv6 clothes", "write it as IPv4")
+    if low == high == 0:
+        raise AddressError("address-unspecified", f"`{text}` is nobody's address")
+    for kind, spans in (("loopback", LOOPBACK), ("multicast", MULTICAST)):
+        if low <= spans[version][1] and high >= spans[version][0] and kind not in allow:
+            raise AddressError(
+                f"address-{kind}", f"`{text}` covers {kind} addresses", f"say `allow: [{kind}]` at this entry if it is meant"
+            )
+    return entry
+
+
+def _parse_any(text: str) -> Entry:
+    if "-" in text:
+        return _parse_range(text)
+    if "/" in text:
+        return _parse_prefix(text)
+    if text[-1:] in "xX*" and text.count(".") == 3:
+        return _parse_wildcard(text)
+    version, value = parse_address(text)
+    return Entry(version, (value, value))
+
+
+def parse_address(text: str) -> tuple[int, int]:
+    """One address as ``(version, integer)``.
+
+    Raises:
+        AddressError: not an address. Leading zeros are refused, programs disagree whether they mean octal.
+    """
+    try:
+        a, b, c, d = text.split(".")
+        return 4, _OCTETS[a] << 24 | _OCTETS[b] << 16 | _OCTETS[c] << 8 | _OCTETS[d]
+    except (ValueError, KeyError):
+        pass
+    if ":" in text and "%" not in text and len(text) < 50:
+        try:
+            return 6, int(ipaddress.IPv6Address(text))
+        except ValueError:
+            pass
+    raise _no_address(text)
+
+
+def _no_address(text: str) -> AddressError:
+    shown = text if len(text) <= 60 else text[:57] + "..."
+    if "%" in text:
+        return AddressError("address", f"`{shown}` names an interface", "write the address without `%`")
+    if text.lower() in ("any", "all", "anywhere", "everyone", "*"):
+        return AddressError("address", f"`{shown}` is not an address", "write `from: anywhere` at the service")
+    if not text.replace(".", "").isdigit() and "." in text and text.replace(".", "").replace("-", "").isalnum():
+        return AddressError(
+            "address-name", f"`{shown}` is a name, not an address", "names are not looked up: write the addresses it stands for"
+        )
+    if text.count(".") == 3 and text.replace(".", "").isdigit():
+        return AddressError("address", f"`{shown}` is not an IPv4 address", "each part is 0 to 255, without leading zeros")
+    return AddressError("address", f"`{shown}` is not an address", "write 192.0.2.1, 192.0.2.0/24, 192.0.2.1-192.0.2.9 or 2001:db8::/32")
+
+
+def _parse_prefix(text: str) -> Entry:
+    address, _, length_text = text.partition("/")
+    version, value = parse_address(address)
+    bits = BITS[version]
+    length = int(length_text) if length_text.isascii() and length_text.isdigit() and len(length_text) <= 3 else -1
+    if not 0 <= length <= bits or (len(length_text) > 1 and length_text[0] == "0"):
+        raise AddressError("address", f"`{text[:60]}` has no valid prefix length", f"write /0 to /{bits}, not a netmask")
+    size = 1 << (bits - length)
+    low = value & -size
+    entry = (low, low + size - 1)
+    return Entry(version, entry, prefix_text(version, low, length) if low != value else "")
+
+
+def _parse_range(text: str) -> Entry:
+    left, _, right = text.partition("-")
+    try:
+        (va, low), (vb, high) = parse_address(left.strip()), parse_address(right.strip())
+    except AddressError:
+        raise _no_address(text) from None
+    if va != vb:
+        raise AddressError("address-family", f"`{text}` starts in one family and ends in the other")
+    if high < low:
+        raise AddressError("range-order", f"range ends ({right.strip()}) before it starts ({left.strip()})", "write the lower address first")
+    return Entry(va, (low, high))
+
+
+def _parse_wildcard(text: str) -> Entry:
+    parts = text.split(".")
+    fixed = [p for p in parts if p not in ("x", "X", "*")]
+    if parts[: len(fixed)] != fixed or not fixed:
+        raise AddressError("address", f"`{text}` has its wildcard in the wrong place", "write a.b.c.x or a.b.x.x")
+    length = 8 * len(fixed)
+    return _parse_prefix(".".join(fixed + ["0"] * (4 - len(fixed))) + f"/{length}")
+
+
+def is_merged(ranges: Sequence[Range]) -> bool:
+    """True for ranges in canonical form: ascending, apart by at least one address."""
+    return all(a <= b for a, b in ranges) and all(p[1] + 1 < n[0] for p, n in pairwise(ranges))

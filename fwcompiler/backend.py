@@ -1,0 +1,109 @@
+"""What a backend is: pure functions from the neutral ruleset to data, and back.
+
+A backend never runs, opens or asks anything. It says which commands to run (:class:`Command`) and which sets to
+fill (:class:`Fill`); `fwcompiler.kernel` does it. Backends are found through the entry point group
+``fwcompiler.backends``, each entry naming an instance of a class with this shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, runtime_checkable
+
+from fwcompiler.addresses import Ranges
+from fwcompiler.diagnostics import Finding, Position
+from fwcompiler.ruleset import AddressSet, Ruleset
+
+SetKind = Literal["nft", "ipset"]
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One program to run. `missing_ok`: a failure that only says "there is nothing" is an empty answer."""
+
+    argv: tuple[str, ...]
+    stdin: str = ""
+    missing_ok: bool = False
+    origins: Mapping[int, Position] = field(default_factory=dict, compare=False, hash=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """Change the content of one existing set in one step: take out `remove`, put in `add` (merged ranges).
+
+    For ``nft`` the set is in table ``inet fwc`` and the step is one transaction.
+    """
+
+    kind: SetKind
+    set: str
+    version: int
+    add: Ranges = ()
+    remove: Ranges = ()
+
+
+Do = Command | Fill
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Something to do, and what puts it back should a later step fail."""
+
+    do: Do
+    undo: tuple[Do, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A ruleset as files a person could load by hand; `name` -> text, in loading order."""
+
+    files: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class SetChange:
+    """How one static set's content has to change."""
+
+    set: AddressSet
+    add: Ranges
+    remove: Ranges
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """The seam. `name` is what `--backend` takes."""
+
+    name: str
+    set_kind: SetKind
+    programs: tuple[str, ...]
+
+    def refuse(self, ruleset: Ruleset) -> Sequence[Finding]:
+        """What this backend cannot express, each with the policy's line; empty when it can do all of it."""
+
+    def render(self, ruleset: Ruleset) -> Rendered:
+        """The whole ruleset as text, set contents included. Same ruleset, same bytes."""
+
+    def load(self, ruleset: Ruleset) -> Sequence[Step]:
+        """Steps from nothing of ours to the whole ruleset."""
+
+    def listing(self) -> Sequence[Command]:
+        """Commands whose outputs, in this order, `parse` takes. They list what is ours, without set contents."""
+
+    def parse(self, outputs: Sequence[str]) -> Ruleset:
+        """The ruleset a kernel holds; what is not modelled becomes `Unknown`. Static sets come without content.
+
+        An empty ruleset means that nothing of ours is loaded.
+        """
+
+    def update(self, live: Ruleset, wanted: Ruleset, changes: Sequence[SetChange]) -> Sequence[Step]:
+        """Steps from `live` to `wanted`. Both were read from a kernel; `changes` says how set contents differ.
+
+        A set missing in `live` is not in `changes`: it is created and filled with `ranges` of `wanted`.
+        Nothing to do: no steps.
+        """
+
+    def remove(self, live: Ruleset) -> Sequence[Step]:
+        """Steps that take out everything of ours."""
+
+    def counters(self, outputs: Sequence[str]) -> Mapping[str, tuple[int, int]]:
+        """Packets and bytes by counter name, from the outputs of `listing`."""

@@ -1,0 +1,236 @@
+"""The neutral ruleset: what `lower` makes of a policy, and what every backend reads back from a kernel.
+
+Wanted and actual are this one type. Values are immutable and the unions are closed, so a backend that matches
+over them is checked by mypy for completeness. A rule is family-explicit: an address match names its family, so
+a rule that is missing for IPv6 in a kernel is visible as missing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Literal
+
+from fwcompiler.addresses import Range, Ranges
+from fwcompiler.diagnostics import Position
+
+Side = Literal["source", "destination"]
+State = Literal["new", "established", "related", "invalid", "untracked"]
+STATES: tuple[State, ...] = ("new", "established", "related", "invalid", "untracked")
+
+
+@dataclass(frozen=True, slots=True)
+class InSet:
+    """The address lies in a named set; the set has one family, and so has the match."""
+
+    side: Side
+    set: str
+    version: int
+    negated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class InRanges:
+    """The address lies in one of the ranges, written into the rule itself."""
+
+    side: Side
+    version: int
+    ranges: Ranges
+    negated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """The packet is IPv4 or IPv6."""
+
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Interface:
+    """Input (or output) interface by name."""
+
+    way: Literal["in", "out"]
+    name: str
+    negated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ProtocolIs:
+    """Layer 4 protocol by number (IANA)."""
+
+    number: int
+    negated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PortIn:
+    """The protocol is `tcp` or `udp` and its port lies in the range."""
+
+    side: Side
+    protocol: str
+    span: Range
+    negated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StateIn:
+    """Connection tracking state is one of these."""
+
+    states: frozenset[State]
+    negated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TypeIn:
+    """ICMP (version 4) or ICMPv6 (version 6) type is one of these numbers, ascending."""
+
+    version: int
+    types: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """At most `rate` packets per `per` on average, `burst` at once; stateful, shared by all sources."""
+
+    rate: int
+    per: Literal["second", "minute", "hour", "day"]
+    burst: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """A match or statement that a reader met and does not model. Never equal to anything fwc writes."""
+
+    text: str
+
+
+Match = InSet | InRanges | Family | Interface | ProtocolIs | PortIn | StateIn | TypeIn | Limit | Unknown
+
+
+class Final(Enum):
+    """Verdicts that end a packet's way through a chain."""
+
+    ACCEPT = "accept"
+    DROP = "drop"
+    REJECT = "reject"
+    RETURN = "return"
+
+
+@dataclass(frozen=True, slots=True)
+class Goto:
+    """Continue in another chain and do not come back."""
+
+    chain: str
+
+
+@dataclass(frozen=True, slots=True)
+class Jump:
+    """Continue in another chain; at its end, go on here."""
+
+    chain: str
+
+
+Verdict = Final | Goto | Jump | None
+"""None: the rule only counts or logs, the packet goes on to the next rule."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """All matches hold: log if asked, count, then the verdict.
+
+    A rule with a `service` is counted under `service.verdict` ("sip.accept"). `origin` is the policy line the
+    rule stands for; it takes no part in equality, so an edit that only moves lines changes nothing.
+    """
+
+    matches: tuple[Match, ...] = ()
+    verdict: Verdict = None
+    service: str = ""
+    log_prefix: str = ""
+    origin: Position | None = field(default=None, compare=False)
+    count: tuple[int, int] = field(default=(0, 0), compare=False)
+
+    @property
+    def counter(self) -> str:
+        """Name of the rule's counter, or the empty string."""
+        return f"{self.service}.{self.verdict.value}" if self.service and isinstance(self.verdict, Final) else ""
+
+    @property
+    def version(self) -> int | None:
+        """4 or 6 where a match fixes the family, None where the rule is for both."""
+        for match in self.matches:
+            if isinstance(match, InSet | InRanges | Family | TypeIn):
+                return match.version
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Hook:
+    """Where a base chain hangs in the packet path. `priority` as in nftables; 0 is `filter`."""
+
+    name: Literal["prerouting", "input", "forward", "output", "postrouting"]
+    priority: int = 0
+    policy: Literal["accept", "drop"] = "drop"
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """A list of rules; with a `hook`, packets enter it from the kernel."""
+
+    name: str
+    rules: tuple[Rule, ...]
+    hook: Hook | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AddressSet:
+    """A named set of addresses of one family.
+
+    A static set holds `ranges`. A dynamic set (`timeout` in seconds, `size` members at most) holds single
+    addresses that come and go at run time; its content belongs to the host, not to the policy.
+    `slot` tells twins apart while a set is replaced ("" or "b"); it is the kernel's business only.
+    """
+
+    name: str
+    version: int
+    ranges: Ranges = ()
+    timeout: int | None = None
+    size: int | None = None
+    slot: str = field(default="", compare=False)
+    origin: Position | None = field(default=None, compare=False)
+
+    @property
+    def dynamic(self) -> bool:
+        """True for sets whose members come and go at run time."""
+        return self.timeout is not None
+
+    @property
+    def kernel_name(self) -> str:
+        """The name that the set has in the kernel at present."""
+        return f"{self.name}.{self.slot}" if self.slot else self.name
+
+
+@dataclass(frozen=True, slots=True)
+class Ruleset:
+    """Everything fwc owns on one host: chains in order of definition, sets by name."""
+
+    chains: tuple[Chain, ...] = ()
+    sets: tuple[AddressSet, ...] = ()
+
+    def chain(self, name: str) -> Chain:
+        """The chain of that name.
+
+        Raises:
+            KeyError: there is none.
+        """
+        for chain in self.chains:
+            if chain.name == name:
+                return chain
+        raise KeyError(name)
+
+    def counters(self) -> tuple[str, ...]:
+        """Names of all counters its rules use, sorted."""
+        return tuple(sorted({r.counter for c in self.chains for r in c.rules if r.counter}))
+
+    def __bool__(self) -> bool:
+        return bool(self.chains or self.sets)
