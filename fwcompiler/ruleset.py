@@ -16,6 +16,8 @@ from fwcompiler.diagnostics import Position
 
 Side = Literal["source", "destination"]
 State = Literal["new", "established", "related", "invalid", "untracked"]
+BUILT_IN = frozenset(("block", "trust", "established", "invalid", "icmp", "loopback", "other"))
+"""Labels of rules that stand for no service of the policy; they are counted all the same."""
 STATES: tuple[State, ...] = ("new", "established", "related", "invalid", "untracked")
 
 
@@ -187,7 +189,8 @@ class AddressSet:
     """A named set of addresses of one family.
 
     A static set holds `ranges`. A dynamic set (`timeout` in seconds, `size` members at most) holds single
-    addresses that come and go at run time; its content belongs to the host, not to the policy.
+    addresses that come and go at run time; its content belongs to the host, not to the policy: `members` are
+    those a reader found, each with its remaining milliseconds (None: for good).
     `slot` tells twins apart while a set is replaced ("" or "b"); it is the kernel's business only.
     """
 
@@ -196,6 +199,7 @@ class AddressSet:
     ranges: Ranges = ()
     timeout: int | None = None
     size: int | None = None
+    members: tuple[tuple[int, int | None], ...] = field(default=(), compare=False)
     slot: str = field(default="", compare=False)
     origin: Position | None = field(default=None, compare=False)
 
@@ -212,10 +216,14 @@ class AddressSet:
 
 @dataclass(frozen=True, slots=True)
 class Ruleset:
-    """Everything fwc owns on one host: chains in order of definition, sets by name."""
+    """Everything fwc owns on one host: chains in order of definition, sets by name.
+
+    `others` names what a reader found among ours that fwc never writes ("map ports"); an apply takes it out.
+    """
 
     chains: tuple[Chain, ...] = ()
     sets: tuple[AddressSet, ...] = ()
+    others: tuple[str, ...] = ()
 
     def chain(self, name: str) -> Chain:
         """The chain of that name.
@@ -233,4 +241,4 @@ class Ruleset:
         return tuple(sorted({r.counter for c in self.chains for r in c.rules if r.counter}))
 
     def __bool__(self) -> bool:
-        return bool(self.chains or self.sets)
+        return bool(self.chains or self.sets or self.others)

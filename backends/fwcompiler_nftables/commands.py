@@ -1,0 +1,209 @@
+"""What to run to load, read, change and remove table ``inet fwc``. Everything here returns data.
+
+Rules travel as nft text, in one transaction. Sets of more than `INLINE` entries are filled through netlink (`Fill`),
+because nft reads a whole set before it changes one element of it. A rule that changes together with such a set is
+pointed at a twin, filled beforehand under the other slot name, so that both change in the same instant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from fwcompiler.addresses import address_text
+from fwcompiler.backend import Command, Fill, Rendered, SetChange, Step
+from fwcompiler.diagnostics import Finding, Position
+from fwcompiler.ruleset import AddressSet, Chain, InSet, Ruleset, Unknown
+from fwcompiler_nftables.parse import parse_listing, read_counters
+from fwcompiler_nftables.render import TABLE, Line, elements, hook_spec, rule_lines, set_spec, table_text
+
+INLINE = 500
+"""Entries up to which a set's content is written into the transaction's text."""
+
+_DELETE_TABLE = Command(("nft", "-f", "-"), f"add table {TABLE}\ndelete table {TABLE}\n")
+
+
+@dataclass(frozen=True, slots=True)
+class Nftables:
+    """The backend; its methods are those of `fwcompiler.backend.Backend`."""
+
+    name: str = "nftables"
+    set_kind: Literal["nft"] = "nft"
+    programs: tuple[str, ...] = ("nft",)
+
+    def refuse(self, ruleset: Ruleset) -> Sequence[Finding]:
+        """nftables expresses all of the neutral ruleset but what nobody understood."""
+        return [
+            Finding("value", f"nftables cannot express {match.text}", rule.origin)
+            for chain in ruleset.chains
+            for rule in chain.rules
+            for match in rule.matches
+            if isinstance(match, Unknown)
+        ]
+
+    def render(self, ruleset: Ruleset) -> Rendered:
+        """One file, loadable with `nft -f`."""
+        return Rendered({"fwc.nft": table_text(ruleset)})
+
+    def load(self, ruleset: Ruleset) -> Sequence[Step]:
+        """One transaction; where sets are big, the sets go first: without a chain they touch no packet."""
+        return self.update(Ruleset(), ruleset, ())
+
+    def listing(self) -> Sequence[Command]:
+        """Terse: a set's content is read through netlink. `missing_ok`: no table is an answer."""
+        return (Command(("nft", "-j", "-t", "list", "table", *TABLE.split()), missing_ok=True),)
+
+    def parse(self, outputs: Sequence[str]) -> Ruleset:
+        """See `fwcompiler_nftables.parse`."""
+        return parse_listing(outputs[0])
+
+    def counters(self, outputs: Sequence[str]) -> Mapping[str, tuple[int, int]]:
+        """The named counters of the table."""
+        return read_counters(outputs[0])
+
+    def update(self, live: Ruleset, wanted: Ruleset, changes: Sequence[SetChange]) -> Sequence[Step]:
+        """Only what differs; see the module's head for how rules and contents change together."""
+        return _Update(live, wanted, changes).steps()
+
+    def remove(self, live: Ruleset) -> Sequence[Step]:
+        """The table and everything in it."""
+        return (Step(_DELETE_TABLE),) if live else ()
+
+
+class _Update:
+    """One update being worked out: which chains and sets differ, and the text that changes them."""
+
+    def __init__(self, live: Ruleset, wanted: Ruleset, changes: Sequence[SetChange]) -> None:
+        self.live, self.wanted, self.changes = live, wanted, changes
+        self.old_chains = {c.name: c for c in live.chains}
+        self.old_sets = {s.name: s for s in live.sets}
+        self.new_sets = [s for s in wanted.sets if s.name not in self.old_sets]
+        self.remade = [s for s in wanted.sets if s.name in self.old_sets and s.dynamic and _spec(s) != _spec(self.old_sets[s.name])]
+        self.gone_sets = [s for s in live.sets if s.name not in {w.name for w in wanted.sets}]
+        self.changed = [c for c in wanted.chains if self.old_chains.get(c.name) != c]
+        self.gone_chains = [c for c in live.chains if c.name not in {w.name for w in wanted.chains}]
+
+    def steps(self) -> Sequence[Step]:
+        if not self._structure_changes():
+            return self._content_only()
+        twins = [self._twin(c.set) for c in self.changes if self._is_big(c)]
+        beforehand = [*(s for s in self.new_sets if len(s.ranges) > INLINE), *twins]
+        undo = (self._undo_beforehand(beforehand),) if beforehand else ()
+        steps: list[Step] = []
+        if beforehand:
+            lines = [f"add table {TABLE}", *(self._set_line(s) for s in beforehand)]
+            steps.append(Step(_script((line, None) for line in lines), undo))
+            steps += [Step(Fill("nft", s.kernel_name, s.version, s.ranges)) for s in beforehand]
+        steps.append(Step(_script(self._transaction(beforehand, twins))))
+        return steps
+
+    def _structure_changes(self) -> bool:
+        return bool(
+            self.new_sets or self.remade or self.gone_sets or self.changed or self.gone_chains or self.live.others or not self.live.chains
+        )
+
+    def _content_only(self) -> Sequence[Step]:
+        """Sets keep their names: consecutive fills of one kind are one transaction."""
+        return [Step(Fill("nft", self.old_sets[c.set.name].kernel_name, c.set.version, c.add, c.remove)) for c in self.changes]
+
+    def _is_big(self, change: SetChange) -> bool:
+        """True where nft would have to read a large set to change it."""
+        return len(change.set.ranges) > INLINE or len(change.add) + len(change.remove) > INLINE
+
+    def _twin(self, wanted: AddressSet) -> AddressSet:
+        return replace(wanted, slot="" if self.old_sets[wanted.name].slot else "b")
+
+    def _undo_beforehand(self, beforehand: list[AddressSet]) -> Command:
+        if not self.live:
+            return _DELETE_TABLE
+        return _script((f"delete set {TABLE} {s.kernel_name}", None) for s in beforehand)
+
+    def _set_line(self, each: AddressSet, *, content: bool = False) -> str:
+        inline = f" elements = {elements(each.version, each.ranges)};" if content and each.ranges else ""
+        return f"add set {TABLE} {each.kernel_name} {{ {'; '.join(set_spec(each))};{inline} }}"
+
+    def _transaction(self, beforehand: list[AddressSet], twins: list[AddressSet]) -> Iterable[Line]:
+        """Everything but big contents: first what goes, then what comes, so that each line finds what it names."""
+        flipped = {s.name for s in twins}
+        names = {s.name: s.kernel_name for s in (*self.wanted.sets, *self.live.sets, *twins)}
+        moving = flipped | {s.name for s in self.remade}
+        touched = [c for c in self.wanted.chains if c in self.changed or _uses(c, moving)]
+        moved = [c for c in touched if c.name in self.old_chains and self.old_chains[c.name].hook != c.hook]
+        yield f"add table {TABLE}", None
+        yield from self._gone(touched, moved, flipped)
+        yield from self._new_objects({s.name for s in beforehand})
+        yield from self._new_chains(touched, moved, names)
+        yield from self._small_contents(flipped)
+
+    def _gone(self, touched: list[Chain], moved: list[Chain], flipped: set[str]) -> Iterable[Line]:
+        for chain in (*self.gone_chains, *touched):
+            if chain.name in self.old_chains:
+                yield f"flush chain {TABLE} {chain.name}", None
+        for chain in (*self.gone_chains, *moved):
+            yield f"delete chain {TABLE} {chain.name}", None
+        for each in (*self.gone_sets, *self.remade, *(self.old_sets[name] for name in sorted(flipped))):
+            yield f"delete set {TABLE} {self.old_sets[each.name].kernel_name}", each.origin
+        for what in self.live.others:
+            kind, _, name = what.partition(" ")
+            yield f"delete {kind} {TABLE} {name}", None
+        for name in self.live.counters():
+            if name not in self.wanted.counters():
+                yield f"delete counter {TABLE} {name}", None
+
+    def _new_objects(self, done: set[str]) -> Iterable[Line]:
+        for name in self.wanted.counters():
+            if name not in self.live.counters():
+                yield f"add counter {TABLE} {name}", None
+        for each in (*self.new_sets, *self.remade):
+            if each.name not in done:
+                yield self._set_line(each, content=True), each.origin
+        for each in self.remade:
+            members = self.old_sets[each.name].members[: each.size]
+            if members:
+                texts = ", ".join(_member(each, address, left) for address, left in members)
+                yield f"add element {TABLE} {each.kernel_name} {{ {texts} }}", each.origin
+
+    def _new_chains(self, touched: list[Chain], moved: list[Chain], names: Mapping[str, str]) -> Iterable[Line]:
+        """All chains before any rule, since rules name chains; the base chain gets its rules like the others."""
+        for chain in touched:
+            if chain.name not in self.old_chains or chain in moved:
+                spec = f" {{ {hook_spec(chain.hook)} }}" if chain.hook else ""
+                yield f"add chain {TABLE} {chain.name}{spec}", None
+        for chain in touched:
+            for text, origin in rule_lines(chain, names):
+                yield f"add rule {TABLE} {chain.name} {text}", origin
+
+    def _small_contents(self, flipped: set[str]) -> Iterable[Line]:
+        for change in self.changes:
+            if change.set.name in flipped:
+                continue
+            name = self.old_sets[change.set.name].kernel_name
+            for verb, ranges in (("delete", change.remove), ("add", change.add)):
+                if ranges:
+                    yield f"{verb} element {TABLE} {name} {elements(change.set.version, ranges)}", change.set.origin
+
+
+def _member(each: AddressSet, address: int, left: int | None) -> str:
+    """A member with the time it had left: a member added anew would start with the set's full timeout."""
+    text = address_text(each.version, address)
+    return text if left is None else f"{text} timeout {max(each.timeout or 0, -(-left // 1000))}s expires {max(left, 1)}ms"
+
+
+def _spec(each: AddressSet) -> tuple[object, ...]:
+    return each.version, each.timeout, each.size
+
+
+def _uses(chain: Chain, sets: set[str]) -> bool:
+    return any(isinstance(m, InSet) and m.set in sets for rule in chain.rules for m in rule.matches)
+
+
+def _script(lines: Iterable[Line]) -> Command:
+    """Lines for `nft -f -`, each with the policy line that a refusal of it points to."""
+    texts: list[str] = []
+    origins: dict[int, Position] = {}
+    for text, origin in lines:
+        texts.append(text)
+        if origin:
+            origins[len(texts)] = origin
+    return Command(("nft", "-f", "-"), "\n".join((*texts, "")), origins=origins)

@@ -1,0 +1,323 @@
+"""nft's JSON listing (libnftables-json(5)) -> neutral ruleset.
+
+Everything that `render` writes is read back; whatever else stands in our table becomes `Unknown` or is named in
+`Ruleset.others`, never guessed. nft leaves out of its listing what a match implies: `tcp dport` says tcp by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from fwcompiler.addresses import LAST, Range, merged, parse_address
+from fwcompiler.ports import PROTOCOLS
+from fwcompiler.ruleset import (
+    STATES,
+    AddressSet,
+    Chain,
+    Family,
+    Final,
+    Goto,
+    Hook,
+    InRanges,
+    InSet,
+    Interface,
+    Jump,
+    Limit,
+    Match,
+    PortIn,
+    ProtocolIs,
+    Rule,
+    Ruleset,
+    StateIn,
+    TypeIn,
+    Unknown,
+    Verdict,
+)
+
+Json = Any
+
+_SLOT = re.compile(r"^(.*\.v[46])\.(b)$")
+
+# Names that nft 1.0 prints for ICMP types (nft describe "icmp type"; RFC 792, RFC 4443, RFC 4861, RFC 3810).
+ICMP_TYPES = {
+    4: {
+        "echo-reply": 0,
+        "destination-unreachable": 3,
+        "source-quench": 4,
+        "redirect": 5,
+        "echo-request": 8,
+        "router-advertisement": 9,
+        "router-solicitation": 10,
+        "time-exceeded": 11,
+        "parameter-problem": 12,
+        "timestamp-request": 13,
+        "timestamp-reply": 14,
+        "info-request": 15,
+        "info-reply": 16,
+        "address-mask-request": 17,
+        "address-mask-reply": 18,
+    },
+    6: {
+        "destination-unreachable": 1,
+        "packet-too-big": 2,
+        "time-exceeded": 3,
+        "parameter-problem": 4,
+        "echo-request": 128,
+        "echo-reply": 129,
+        "mld-listener-query": 130,
+        "mld-listener-report": 131,
+        "mld-listener-done": 132,
+        "mld-listener-reduction": 132,
+        "nd-router-solicit": 133,
+        "nd-router-advert": 134,
+        "nd-neighbor-solicit": 135,
+        "nd-neighbor-advert": 136,
+        "nd-redirect": 137,
+        "router-renumbering": 138,
+        "ind-neighbor-solicit": 141,
+        "ind-neighbor-advert": 142,
+        "mld2-listener-report": 143,
+    },
+}
+
+
+class _NotModelled(Exception):
+    """An expression outside the neutral types; caught where it becomes `Unknown`."""
+
+
+def parse_listing(text: str) -> Ruleset:
+    """The table from `nft -j -t list table inet fwc`; empty text means that there is no table."""
+    objects = json.loads(text)["nftables"] if text.strip() else []
+    rules: dict[str, list[Rule]] = {}
+    for item in objects:
+        if "rule" in item:
+            rules.setdefault(item["rule"]["chain"], []).extend(_rules(item["rule"]))
+    chains = tuple(
+        Chain(item["chain"]["name"], tuple(rules.get(item["chain"]["name"], ())), _hook(item["chain"])) for item in objects if "chain" in item
+    )
+    sets = [s for item in objects if "set" in item and (s := _set(item["set"]))]
+    counters = {item["counter"]["name"] for item in objects if "counter" in item}
+    ruleset = Ruleset(chains, tuple(sorted(sets, key=lambda s: s.name)))
+    unused = [f"counter {name}" for name in sorted(counters - set(ruleset.counters()))]
+    others = [f"{kind} {value['name']}" for item in objects for kind, value in item.items() if _is_other(kind, value)]
+    return Ruleset(ruleset.chains, ruleset.sets, (*others, *unused))
+
+
+def read_counters(text: str) -> Mapping[str, tuple[int, int]]:
+    """Packets and bytes of the named counters in a listing."""
+    objects = json.loads(text)["nftables"] if text.strip() else []
+    found = (item["counter"] for item in objects if "counter" in item)
+    return {c["name"]: (c["packets"], c["bytes"]) for c in found}
+
+
+def _is_other(kind: str, value: Json) -> bool:
+    if kind in ("metainfo", "table", "chain", "rule", "counter"):
+        return False
+    return kind != "set" or _set(value) is None
+
+
+def _hook(chain: Json) -> Hook | None:
+    if "hook" not in chain:
+        return None
+    return Hook(chain["hook"], chain.get("prio", 0), chain.get("policy", "accept"))
+
+
+def _set(item: Json) -> AddressSet | None:
+    """An address set of the form that fwc writes, else None."""
+    flags = item.get("flags", [])
+    flags = [flags] if isinstance(flags, str) else flags
+    version = {"ipv4_addr": 4, "ipv6_addr": 6}.get(item["type"]) if isinstance(item["type"], str) else None
+    if version is None or flags not in (["interval"], ["timeout"]) or item.get("auto-merge"):
+        return None
+    slot = _SLOT.match(item["name"])
+    name, suffix = (slot[1], slot[2]) if slot else (item["name"], "")
+    timeout = item.get("timeout", 0) if flags == ["timeout"] else None
+    return AddressSet(name, version, timeout=timeout, size=item.get("size") if timeout is not None else None, slot=suffix)
+
+
+def _rules(rule: Json) -> Iterator[Rule]:
+    """A verdict map becomes one rule a port again; every other rule is one rule."""
+    expressions = rule.get("expr", [])
+    expanded = _verdict_map(expressions)
+    if expanded is not None and "comment" not in rule:
+        yield from expanded
+    else:
+        yield _rule(expressions, rule.get("comment", ""))
+
+
+def _verdict_map(expressions: list[Json]) -> list[Rule] | None:
+    if len(expressions) != 1 or not isinstance(expressions[0], dict) or "vmap" not in expressions[0]:
+        return None
+    vmap = expressions[0]["vmap"]
+    try:
+        left, pairs = vmap["key"], vmap["data"]["set"]
+        rules = [Rule((_match({"op": "==", "left": left, "right": value}),), _verdict(data)) for value, data in pairs]
+    except (_NotModelled, KeyError, TypeError, ValueError):
+        return None
+    return rules if all(r.verdict is not None for r in rules) else None
+
+
+def _rule(expressions: list[Json], comment: str) -> Rule:
+    matches: list[Match] = []
+    counter, log, verdict, ended = "", "", None, False
+    for expression in expressions:
+        kind, value = next(iter(expression.items())) if isinstance(expression, dict) else ("", expression)
+        if ended:
+            matches.append(Unknown(f"after the verdict: {_text(expression)}"))
+        elif kind == "counter":
+            counter = value if isinstance(value, str) else "(anonymous)"
+        elif kind == "log":
+            log = _log(value)
+        else:
+            try:
+                verdict = _verdict(expression)
+            except _NotModelled:
+                matches.append(_match_or_unknown(kind, value, expression))
+            ended = verdict is not None
+    named = isinstance(verdict, Final) and counter == f"{comment}.{verdict.value}"
+    return Rule(tuple(matches), verdict, comment if named else f"{comment}?" if comment or counter else "", log)
+
+
+def _log(value: Json) -> str:
+    plain = isinstance(value, dict) and set(value) == {"prefix", "level"} and value["level"] == "info"
+    return str(value["prefix"]) if plain else f"(other) {_text(value)}"
+
+
+def _match_or_unknown(kind: str, value: Json, expression: Json) -> Match:
+    try:
+        if kind == "match":
+            return _match(value)
+        if kind == "limit":
+            return _limit(value)
+    except (_NotModelled, KeyError, TypeError, ValueError):
+        pass
+    return Unknown(_text(expression))
+
+
+def _text(value: Json) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def _verdict(expression: Json) -> Verdict:
+    if not isinstance(expression, dict):
+        raise _NotModelled
+    match next(iter(expression.items())):
+        case ("accept" | "drop" | "return" as word, _):
+            return Final(word)
+        case ("reject", _):
+            return Final.REJECT
+        case ("goto", {"target": str(chain)}):
+            return Goto(chain)
+        case ("jump", {"target": str(chain)}):
+            return Jump(chain)
+    raise _NotModelled
+
+
+def _limit(value: Json) -> Limit:
+    known = {"rate", "per", "burst", "rate_unit", "burst_unit", "inv"}
+    if value.get("inv") or set(value) - known or value.get("rate_unit", "packets") != "packets":
+        raise _NotModelled
+    if value["per"] not in ("second", "minute", "hour", "day"):
+        raise _NotModelled
+    return Limit(value["rate"], value["per"], value.get("burst", 5))
+
+
+def _match(value: Json) -> Match:
+    operator, left, right = value["op"], value["left"], value["right"]
+    if operator not in ("==", "!=", "in"):
+        raise _NotModelled
+    negated = operator == "!="
+    match left:
+        case {"payload": {"protocol": "ip" | "ip6" as family, "field": "saddr" | "daddr" as field}}:
+            return _address(4 if family == "ip" else 6, "source" if field == "saddr" else "destination", right, negated)
+        case {"payload": {"protocol": "tcp" | "udp" as protocol, "field": "sport" | "dport" as field}}:
+            return PortIn("source" if field == "sport" else "destination", protocol, _span(right), negated)
+        case {"payload": {"protocol": "icmp" | "icmpv6" as protocol, "field": "type"}} if not negated:
+            return _types(4 if protocol == "icmp" else 6, right)
+        case {"meta": {"key": "iif" | "iifname" | "oif" | "oifname" as key}} if isinstance(right, str) and "*" not in right:
+            return Interface("in" if key.startswith("i") else "out", right, negated)
+        case {"meta": {"key": "nfproto"}} if right in ("ipv4", "ipv6") and not negated:
+            return Family(4 if right == "ipv4" else 6)
+        case {"meta": {"key": "l4proto"}}:
+            return ProtocolIs(_protocol(right), negated)
+        case {"ct": {"key": "state"}}:
+            return _states(right, negated)
+    raise _NotModelled
+
+
+def _address(version: int, side: Any, right: Json, negated: bool) -> Match:
+    if isinstance(right, str) and right.startswith("@"):
+        slot = _SLOT.match(right[1:])
+        return InSet(side, slot[1] if slot else right[1:], version, negated)
+    items = right["set"] if isinstance(right, dict) and "set" in right else [right]
+    return InRanges(side, version, merged(_range(version, item) for item in items), negated)
+
+
+def _range(version: int, item: Json) -> Range:
+    match item:
+        case str():
+            found, value = parse_address(item)
+            if found == version:
+                return value, value
+        case {"prefix": {"addr": str(text), "len": int(length)}}:
+            found, value = parse_address(text)
+            if found == version:
+                return value, value | (LAST[version] >> length)
+        case {"range": [str(low), str(high)]}:
+            (a, first), (b, last) = parse_address(low), parse_address(high)
+            if a == b == version:
+                return first, last
+    raise _NotModelled
+
+
+def _span(right: Json) -> Range:
+    match right:
+        case int():
+            return right, right
+        case {"range": [int(low), int(high)]}:
+            return low, high
+    raise _NotModelled
+
+
+def _items(right: Json) -> Iterable[Json]:
+    return right["set"] if isinstance(right, dict) and "set" in right else [right]
+
+
+def _types(version: int, right: Json) -> TypeIn:
+    names = ICMP_TYPES[version]
+
+    def number(item: Json) -> int:
+        if isinstance(item, int):
+            return item
+        if isinstance(item, str) and item in names:
+            return names[item]
+        raise _NotModelled
+
+    found: set[int] = set()
+    for item in _items(right):
+        if isinstance(item, dict) and "range" in item:
+            low, high = item["range"]
+            found.update(range(number(low), number(high) + 1))
+        else:
+            found.add(number(item))
+    return TypeIn(version, tuple(sorted(found)))
+
+
+def _protocol(right: Json) -> int:
+    if isinstance(right, int):
+        return right
+    if right == "ipv6-icmp":
+        return PROTOCOLS["icmpv6"]
+    if right in PROTOCOLS:
+        return PROTOCOLS[right]
+    raise _NotModelled
+
+
+def _states(right: Json, negated: bool) -> StateIn:
+    items = right if isinstance(right, list) else list(_items(right))
+    if not all(item in STATES for item in items):
+        raise _NotModelled
+    return StateIn(frozenset(items), negated)

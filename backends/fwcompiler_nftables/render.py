@@ -1,0 +1,193 @@
+"""Neutral ruleset -> nft text (nft(8)). Nothing is decided here: one rule in, one line out.
+
+The one exception is a run of rules that only send a port to a chain: they become one verdict map, because a
+look-up costs the same for two services as for twenty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from fwcompiler.addresses import range_text
+from fwcompiler.diagnostics import Position
+from fwcompiler.ports import port_text
+from fwcompiler.ruleset import (
+    AddressSet,
+    Chain,
+    Family,
+    Final,
+    Goto,
+    Hook,
+    InRanges,
+    InSet,
+    Interface,
+    Jump,
+    Limit,
+    Match,
+    PortIn,
+    ProtocolIs,
+    Rule,
+    Ruleset,
+    StateIn,
+    TypeIn,
+    Unknown,
+    Verdict,
+)
+
+TABLE = "inet fwc"
+STATE_ORDER = ("invalid", "established", "related", "new", "untracked")
+
+Line = tuple[str, Position | None]
+Names = Mapping[str, str]
+"""Logical set name -> the name the set has in the kernel."""
+
+
+def table_text(ruleset: Ruleset) -> str:
+    """The whole table as one file, set contents included; loading it twice is refused by nothing and changes nothing."""
+    names = {s.name: s.kernel_name for s in ruleset.sets}
+    lines = [f"table {TABLE} {{"]
+    blocks = [[f"counter {name} {{", "}"] for name in ruleset.counters()]
+    blocks += [[f"set {s.kernel_name} {{", *(f"\t{part}" for part in (*set_spec(s), *_element_lines(s))), "}"] for s in ruleset.sets]
+    for chain in ruleset.chains:
+        head = [f"\t{hook_spec(chain.hook)}"] if chain.hook else []
+        blocks.append([f"chain {chain.name} {{", *head, *(f"\t{text}" for text, _ in rule_lines(chain, names)), "}"])
+    for block in blocks:
+        lines += [f"\t{text}" for text in block]
+    return "\n".join([*lines, "}", ""])
+
+
+def hook_spec(hook: Hook) -> str:
+    """`type filter hook input priority 0; policy drop;`."""
+    return f"type filter hook {hook.name} priority {hook.priority}; policy {hook.policy};"
+
+
+def set_spec(each: AddressSet) -> Iterator[str]:
+    """The definition of a set, without its content."""
+    yield f"type ipv{each.version}_addr"
+    if each.dynamic:
+        yield f"size {each.size}"
+        yield "flags timeout"
+        yield f"timeout {each.timeout}s"
+    else:
+        yield "flags interval"
+
+
+def _element_lines(each: AddressSet) -> Iterator[str]:
+    if each.ranges:
+        texts = [range_text(each.version, span) for span in each.ranges]
+        yield "elements = {"
+        yield from (f"\t{text}," for text in texts)
+        yield "}"
+
+
+def elements(version: int, ranges: Iterable[tuple[int, int]]) -> str:
+    """`{ 192.0.2.0/24, 198.51.100.1-198.51.100.9 }`."""
+    return "{ " + ", ".join(range_text(version, span) for span in ranges) + " }"
+
+
+def rule_lines(chain: Chain, names: Names) -> Iterator[Line]:
+    """The rules of a chain, one text a rule or verdict map, with the policy line each stands for."""
+    run: list[Rule] = []
+    for rule in chain.rules:
+        if run and (not _is_dispatch(rule) or _protocol(rule) != _protocol(run[0])):
+            yield _verdict_map(run), run[0].origin
+            run = []
+        if _is_dispatch(rule):
+            run.append(rule)
+        else:
+            yield rule_text(rule, names), rule.origin
+    if run:
+        yield _verdict_map(run), run[0].origin
+
+
+def _is_dispatch(rule: Rule) -> bool:
+    match rule:
+        case Rule(matches=(PortIn(side="destination", negated=False),), verdict=Goto(), service="", log_prefix=""):
+            return True
+        case _:
+            return False
+
+
+def _protocol(rule: Rule) -> str:
+    first = rule.matches[0]
+    return first.protocol if isinstance(first, PortIn) else ""
+
+
+def _verdict_map(run: list[Rule]) -> str:
+    pairs = ", ".join(f"{_port(rule)} : {verdict_text(rule.verdict)}" for rule in run)
+    return f"{_protocol(run[0])} dport vmap {{ {pairs} }}"
+
+
+def _port(rule: Rule) -> str:
+    first = rule.matches[0]
+    assert isinstance(first, PortIn)
+    return port_text(first.span)
+
+
+def rule_text(rule: Rule, names: Names) -> str:
+    """One rule as nft writes it: matches, log, counter, verdict, comment."""
+    parts = [match_text(m, names) for m in rule.matches]
+    if rule.log_prefix:
+        parts.append(f'log prefix "{rule.log_prefix}" level info')
+    if rule.counter:
+        parts.append(f'counter name "{rule.counter}"')
+    if rule.verdict is not None:
+        parts.append(verdict_text(rule.verdict))
+    if rule.service:
+        parts.append(f'comment "{rule.service}"')
+    return " ".join(parts)
+
+
+def verdict_text(verdict: Verdict) -> str:
+    """`accept`, `goto service.sip`."""
+    match verdict:
+        case Final():
+            return verdict.value
+        case Goto(chain):
+            return f"goto {chain}"
+        case Jump(chain):
+            return f"jump {chain}"
+        case None:
+            return "continue"
+
+
+_PROTO = {4: "ip", 6: "ip6"}
+_SIDE = {"source": "saddr", "destination": "daddr"}
+_PORT_SIDE = {"source": "sport", "destination": "dport"}
+
+
+def match_text(match: Match, names: Names) -> str:
+    """One match as nft writes it.
+
+    Raises:
+        ValueError: an `Unknown`, which nobody can write; `refuse` reports it first.
+    """
+    match match:
+        case InSet(side, name, version, negated):
+            return f"{_PROTO[version]} {_SIDE[side]} {_not(negated)}@{names.get(name, name)}"
+        case InRanges(side, version, ranges, negated):
+            what = range_text(version, ranges[0]) if len(ranges) == 1 else elements(version, ranges)
+            return f"{_PROTO[version]} {_SIDE[side]} {_not(negated)}{what}"
+        case Family(version):
+            return f"meta nfproto ipv{version}"
+        case Interface(way, name, negated):
+            # The loopback interface always exists and its index never changes; others may come and go.
+            key = "iif" if way == "in" and name == "lo" else f"{way[0]}ifname"
+            return f'{key} {_not(negated)}"{name}"'
+        case ProtocolIs(number, negated):
+            return f"meta l4proto {_not(negated)}{number}"
+        case PortIn(side, protocol, span, negated):
+            return f"{protocol} {_PORT_SIDE[side]} {_not(negated)}{port_text(span)}"
+        case StateIn(states, negated):
+            return f"ct state {_not(negated)}{','.join(s for s in STATE_ORDER if s in states)}"
+        case TypeIn(version, types):
+            what = str(types[0]) if len(types) == 1 else "{ " + ", ".join(map(str, types)) + " }"
+            return f"{'icmp' if version == 4 else 'icmpv6'} type {what}"
+        case Limit(rate, per, burst):
+            return f"limit rate {rate}/{per} burst {burst} packets"
+        case Unknown(text):
+            raise ValueError(f"cannot render {text}")
+
+
+def _not(negated: bool) -> str:
+    return "!= " if negated else ""

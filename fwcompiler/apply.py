@@ -1,0 +1,94 @@
+"""Puts a plan into force: prepare the record, commit, read back, record. Or put everything back as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fwcompiler.backend import Backend
+from fwcompiler.diagnostics import HostRefused, RolledBack
+from fwcompiler.kernel import netns, runner
+from fwcompiler.pipeline import Compiled, NormalForm, observe
+from fwcompiler.plan import Plan, make_plan
+from fwcompiler.ruleset import Ruleset
+from fwcompiler.state import Generation, Record, StateDir
+
+
+@dataclass(frozen=True)
+class Applied:
+    """How an apply ended: the generation in force, and whether the kernel had to be changed."""
+
+    generation: Generation
+    changed: bool
+
+
+def apply(
+    compiled: Compiled, plan: Plan, wanted: NormalForm, backend: Backend, namespace: netns.Namespace, state: StateDir
+) -> Applied:
+    """Commit a plan. The caller holds the state's lock.
+
+    Raises:
+        HostRefused: the state directory or the kernel refused; nothing was changed.
+        RolledBack: the kernel took it, but lists something else than was wanted; the old rules are back.
+    """
+    record = _record(compiled, wanted, backend)
+    current = state.current()
+    if plan.in_sync and current is not None and current.fingerprint == record.fingerprint():
+        return Applied(current, False)
+    pending = state.prepare(record)
+    try:
+        if not plan.in_sync:
+            with namespace.entered():
+                runner.execute(plan.steps)
+            _verify(plan, backend, namespace)
+    except BaseException:
+        state.discard(pending)
+        raise
+    return Applied(state.commit(pending), not plan.in_sync)
+
+
+def _record(compiled: Compiled, wanted: NormalForm, backend: Backend) -> Record:
+    sources = {}
+    for name in compiled.files():
+        try:
+            sources[name] = Path(name).read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            continue
+    empty = replace(compiled.ruleset, sets=tuple(replace(s, ranges=()) for s in compiled.ruleset.sets))
+    rendered = backend.render(empty).files
+    policy = str(Path(compiled.path).resolve())
+    return Record(backend.name, policy, compiled.policy.name, sources, rendered, wanted.listing, wanted.ruleset)
+
+
+def _verify(plan: Plan, backend: Backend, namespace: netns.Namespace) -> None:
+    """Read the live rules back; where they are not what was wanted, put back what was there before."""
+    after = observe(backend, namespace, {s.name: s.ranges for s in plan.wanted.sets})
+    if make_plan(backend, after, plan.wanted).in_sync:
+        return
+    put_back(after, plan.live, backend, namespace)
+    raise RolledBack("the kernel lists other rules than were sent; the previous ruleset was restored")
+
+
+def put_back(now: Ruleset, before: Ruleset, backend: Backend, namespace: netns.Namespace) -> None:
+    """Return from `now` to `before`, both as observed."""
+    steps = make_plan(backend, now, before).steps if before else tuple(backend.remove(now))
+    with namespace.entered():
+        runner.execute(steps)
+
+
+def remove(backends: list[Backend], namespace: netns.Namespace, state: StateDir) -> Iterator[str]:
+    """Take out everything of ours, backend by backend; yields the names of those that had something.
+
+    Raises:
+        HostRefused: one of them cannot be asked or refuses.
+    """
+    for backend in backends:
+        with namespace.entered():
+            live = backend.parse(runner.outputs(backend.listing()))
+            if live:
+                runner.execute(backend.remove(live))
+                if backend.parse(runner.outputs(backend.listing())):
+                    raise HostRefused(f"{backend.name}: rules of fwc are still there after the removal")
+                yield backend.name
+    state.forget()

@@ -1,0 +1,70 @@
+"""The services a dialer host offers: their standard ports, who may use them by nature, and one sentence each.
+
+Classes: `public` may be open to anywhere; `restricted` is for named groups (signalling, control ports); `cluster`
+is for the hosts of one installation among themselves; `admin` is for administrators; `loopback` should not leave
+the host at all. Only `public` services accept `from: anywhere` without a reason.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fwcompiler.ports import Ports
+
+Class = Literal["public", "restricted", "cluster", "admin", "loopback"]
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """One catalogue entry.
+
+    `asks`: the host also asks others *from* this port, so replies arrive on it and its source test has to stand
+    after the established rule.
+    """
+
+    name: str
+    ports: tuple[Ports, ...]
+    kind: Class
+    about: str
+    asks: bool = False
+
+
+def _udp(first: int, last: int | None = None) -> Ports:
+    return Ports("udp", ((first, last or first),))
+
+
+def _tcp(first: int, last: int | None = None) -> Ports:
+    return Ports("tcp", ((first, last or first),))
+
+
+_SERVICES = (
+    Service("sip", (_udp(5060),), "restricted", "SIP signalling over UDP: carriers, agents' phones, peer dialers (RFC 3261)."),
+    Service("sip-tcp", (_tcp(5060),), "restricted", "SIP signalling over TCP (RFC 3261)."),
+    Service("sips", (_tcp(5061),), "restricted", "SIP over TLS (RFC 3261)."),
+    Service("rtp", (_udp(10000, 20000),), "public", "The calls' audio; carriers send it from addresses they do not list (RFC 3550)."),
+    Service("udptl", (_udp(4000, 4999),), "public", "T.38 fax media, Asterisk's udptl.conf range."),
+    Service("http", (_tcp(80),), "public", "Plain HTTP; ends at HTTPS through a redirect."),
+    Service("https", (_tcp(443),), "public", "The agents' and managers' web interface."),
+    Service("wss", (_tcp(8089),), "restricted", "WebRTC phones: Asterisk's secure WebSocket, which is also its control port."),
+    Service("ssh", (_tcp(22),), "admin", "Remote login of administrators."),
+    Service("iax2", (_udp(4569),), "restricted", "IAX2 trunks between Asterisk hosts (RFC 5456)."),
+    Service("ami", (_tcp(5038),), "cluster", "Asterisk manager interface: whoever reaches it can place calls."),
+    Service("fastagi", (_tcp(4577),), "cluster", "VICIdial's FastAGI server, asked by the cluster's dialers."),
+    Service("mariadb", (_tcp(3306),), "cluster", "The cluster's database."),
+    Service("ntp", (_udp(123),), "cluster", "Time, served to the cluster; the host asks its own servers from the same port.", asks=True),
+    Service(
+        "dns", (_tcp(53), _udp(53)), "cluster", "A name server for the cluster; some resolvers ask others from the same port.", asks=True
+    ),
+    Service("vrrp", (Ports("vrrp"),), "cluster", "Failover of a shared address between hosts, as keepalived does it (RFC 5798)."),
+    Service("dynportal", (_tcp(446),), "public", "ViciBox's portal where agents log in to have their address allowed."),
+    Service("node-exporter", (_tcp(9100),), "cluster", "Prometheus' host metrics."),
+    Service("asterisk-http", (_tcp(8088),), "loopback", "Asterisk's plain HTTP server: ARI and unencrypted WebSocket."),
+    Service("webmin", (_tcp(10000),), "admin", "Webmin's web interface."),
+    Service("snmp", (_udp(161),), "cluster", "Network monitoring (RFC 3411)."),
+    Service("rsync", (_tcp(873),), "cluster", "Copies of recordings to the archive host."),
+    Service("ftp", (_tcp(21),), "cluster", "VICIdial's transfer of recordings to the archive host."),
+    Service("stun", (_udp(3478),), "public", "STUN and TURN for WebRTC phones (RFC 8489)."),
+)
+
+CATALOGUE: dict[str, Service] = {s.name: s for s in _SERVICES}

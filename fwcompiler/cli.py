@@ -1,0 +1,88 @@
+"""The program's entry: the fast path for `--version`, common options in any place, and exit codes.
+
+Commands themselves are in `fwcompiler.commands`; this module imports them, and everything heavy, only when one is called.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from fwcompiler import __version__
+
+WITH_VALUE = ("--backend", "--host", "--netns", "--state-dir")
+FLAGS = ("--json", "--no-color", "-q", "--quiet", "-v", "--verbose")
+
+
+def main() -> None:
+    """`fwc`: run and leave with the contract's exit code."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line; returns its exit code."""
+    if arguments == ["--version"]:
+        print(f"fwc {__version__}")
+        return 0
+    try:
+        code = _dispatch(common_first(arguments))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def common_first(arguments: list[str]) -> list[str]:
+    """Common options may stand anywhere; here they are moved in front of the command."""
+    common: list[str] = []
+    rest: list[str] = []
+    queue = list(arguments)
+    while queue:
+        word = queue.pop(0)
+        if word == "--":
+            rest += [word, *queue]
+            break
+        if word in WITH_VALUE:
+            common += [word, *queue[:1]]
+            del queue[:1]
+        elif word in FLAGS or word.startswith(tuple(f"{o}=" for o in WITH_VALUE)):
+            common.append(word)
+        else:
+            rest.append(word)
+    return [*common, *rest]
+
+
+def _dispatch(arguments: list[str]) -> int:
+    from fwcompiler.commands import app
+    from fwcompiler.diagnostics import Failure, format_findings
+
+    try:
+        result = app(args=arguments, prog_name="fwc", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except Failure as failure:
+        color = "--no-color" not in arguments and not os.environ.get("NO_COLOR") and sys.stderr.isatty()
+        if failure.findings:
+            print(format_findings(failure.findings, color=color), file=sys.stderr)
+        if failure.message:
+            print(f"error: {failure.message}", file=sys.stderr)
+        if failure.hint:
+            print(f"  hint: {failure.hint}", file=sys.stderr)
+        return failure.exit_code
+    except Exception as error:
+        return _usage(error)
+
+
+def _usage(error: Exception) -> int:
+    """Typer's own complaints about a command line; anything else is our bug and shows as one."""
+    code = getattr(error, "exit_code", None)
+    show = getattr(error, "format_message", None)
+    if code is None:
+        raise error
+    if show is not None:
+        print(f"error: {show()}", file=sys.stderr)
+        print("  hint: `fwc --help` lists the commands, `fwc COMMAND --help` its options", file=sys.stderr)
+    return int(code)

@@ -1,0 +1,382 @@
+"""The commands of `fwc`, each from its arguments to what it prints and its exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fwcompiler import __version__
+from fwcompiler.diagnostics import EXIT_DIFFERS, EXIT_OK, Failure, Finding, HostRefused, PolicyRejected, UsageError, format_findings
+
+if TYPE_CHECKING:
+    from fwcompiler.backend import Backend
+    from fwcompiler.kernel.netns import Namespace
+    from fwcompiler.pipeline import Compiled
+    from fwcompiler.plan import Plan
+    from fwcompiler.state import StateDir
+
+app = typer.Typer(
+    name="fwc",
+    help="The firewall compiler for VoIP dialer hosts. Common options may stand before or after a command's arguments.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+PolicyFile = Annotated[str, typer.Argument(metavar="POLICY", help="The policy file.")]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The common options."""
+
+    backend: str | None = None
+    netns: str | None = None
+    state_dir: str | None = None
+    json: bool = False
+    quiet: bool = False
+    verbose: bool = False
+    color: bool = True
+
+    @property
+    def color_out(self) -> bool:
+        """True where standard output shows colors."""
+        return self.color and sys.stdout.isatty()
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        print(f"fwc {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    context: typer.Context,
+    backend: Annotated[
+        str | None, typer.Option(help="nftables, iptables-nft, iptables-legacy, or iptables: the variant the host uses.")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Name of the host to compile for, in a policy for several.")] = None,
+    netns: Annotated[str | None, typer.Option(help="Act in this network namespace (ip netns).")] = None,
+    state_dir: Annotated[str | None, typer.Option(envvar="FWC_STATE_DIR", help="State directory; default /var/lib/fwc.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Everything, nothing summarised.")] = False,
+    no_color: Annotated[bool, typer.Option("--no-color", help="No colors; so does the variable NO_COLOR.")] = False,
+    _version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Common options."""
+    if host is not None:
+        raise UsageError("this version compiles policies for one host; they name no hosts", hint="leave --host out")
+    color = not no_color and not os.environ.get("NO_COLOR")
+    context.obj = Options(backend, netns, state_dir, as_json, quiet, verbose, color)
+
+
+@app.command()
+def check(context: typer.Context, policy: PolicyFile) -> int:
+    """Check a policy: load, resolve, run its tests, try the rules in a scratch namespace."""
+    from fwcompiler.pipeline import normal_form, render
+    from fwcompiler.report import finding_json
+
+    options: Options = context.obj
+    left_out: list[str] = []
+    findings: tuple[Finding, ...] = ()
+    try:
+        compiled = _compile(policy, options)
+        findings = compiled.findings
+        backend = _backend(options)
+        try:
+            normal_form(compiled, backend)
+        except HostRefused as refused:
+            if refused.findings:
+                raise
+            render(compiled, backend)
+            left_out.append(f"not tried in a kernel: {refused.message}")
+    except Failure as failure:
+        if options.json:
+            _print_json({"ok": False, "findings": [finding_json(f) for f in failure.findings], "left_out": left_out})
+        raise
+    if options.json:
+        _print_json({"ok": True, "findings": [finding_json(f) for f in findings], "left_out": left_out})
+    elif not options.quiet:
+        tried = "accepted by the kernel in a scratch namespace" if not left_out else left_out[0]
+        counts = f"{len(compiled.resolved.services)} services, {len(compiled.resolved.groups)} groups, {len(compiled.resolved.tests)} tests"
+        print(f"{policy}: good for {backend.name}: {counts}; {tried}")
+    return EXIT_OK
+
+
+@app.command(name="compile")
+def compile_(
+    context: typer.Context,
+    policy: PolicyFile,
+    output: Annotated[str | None, typer.Option("--output", "-o", metavar="DIR", help="Write the files there.")] = None,
+) -> int:
+    """Print the ruleset that would be loaded."""
+    from fwcompiler.pipeline import render
+
+    options: Options = context.obj
+    compiled = _compile(policy, options)
+    backend = _backend(options)
+    rendered = render(compiled, backend)
+    if output is not None:
+        _write_files(Path(output), rendered.files)
+    if options.json:
+        _print_json({"backend": backend.name, "files": dict(rendered.files)})
+    elif output is None:
+        for name, text in rendered.files.items():
+            print(f"# {name}\n{text}" if len(rendered.files) > 1 else text, end="")
+    elif not options.quiet:
+        print("\n".join(f"{output}/{name}" for name in rendered.files))
+    return EXIT_OK
+
+
+@app.command()
+def diff(
+    context: typer.Context,
+    policy: PolicyFile,
+    against: Annotated[str, typer.Option(help="What to compare with: `live`.")] = "live",
+) -> int:
+    """Show what an apply would change: access gained and lost, then the kernel changes."""
+    if against != "live":
+        raise UsageError(f"cannot compare against `{against}`", hint="this version compares with the live rules: --against live")
+    options: Options = context.obj
+    compiled = _compile(policy, options)
+    backend = _backend(options)
+    with _target(options) as namespace:
+        from fwcompiler.pipeline import plan
+
+        planned, _ = plan(compiled, backend, namespace, _state(options))
+    _show_plan(planned, compiled, options)
+    return EXIT_OK if planned.in_sync else EXIT_DIFFERS
+
+
+@app.command()
+def apply(
+    context: typer.Context,
+    policy: PolicyFile,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change, change nothing.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> int:
+    """Put a policy into force: check, try, show the difference, commit in one transaction, read back."""
+    from fwcompiler import apply as stage
+    from fwcompiler.pipeline import plan
+
+    options: Options = context.obj
+    compiled = _compile(policy, options)
+    backend = _backend(options)
+    state = _state(options)
+    with _target(options) as namespace:
+        if dry_run:
+            planned, _ = plan(compiled, backend, namespace, state)
+            _show_plan(planned, compiled, options)
+            return EXIT_OK if planned.in_sync else EXIT_DIFFERS
+        with state.lock():
+            planned, wanted = plan(compiled, backend, namespace, state)
+            if not planned.in_sync:
+                if not options.json:
+                    _show_plan(planned, compiled, options)
+                _ask(yes)
+            applied = stage.apply(compiled, planned, wanted, backend, namespace, state)
+    if options.json:
+        from fwcompiler.report import diff_json
+
+        _print_json({**diff_json(planned), "applied": applied.changed, "generation": applied.generation.number})
+    elif not options.quiet:
+        what = "applied" if applied.changed else "in sync"
+        print(f"{what}: generation {applied.generation.number} ({backend.name})")
+    return EXIT_OK
+
+
+def _ask(yes: bool) -> None:
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise UsageError("nobody to ask: standard input is no terminal; nothing was changed", hint="say --yes")
+    print("apply this? [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise UsageError("not applied; nothing was changed")
+
+
+@app.command()
+def status(context: typer.Context) -> int:
+    """Tell whether the host still holds what was applied, and what passed through it."""
+    from fwcompiler.status import read_status, status_text
+
+    options: Options = context.obj
+    with _target(options) as namespace:
+        found = read_status(_backend(options), namespace, _state(options))
+    if options.json:
+        _print_json(found)
+    else:
+        print(status_text(found))
+    return EXIT_OK
+
+
+@app.command()
+def explain(
+    context: typer.Context,
+    policy: PolicyFile,
+    source: Annotated[str, typer.Option("--from", metavar="ADDR", help="Source address.")],
+    to: Annotated[str, typer.Option("--to", help="Protocol and port: udp/5060.")],
+    to_addr: Annotated[str | None, typer.Option("--to-addr", metavar="ADDR", help="Destination; default: an address of this host.")] = None,
+    interface: Annotated[str, typer.Option("--in", metavar="NAME", help="Input interface.")] = "eth0",
+    state: Annotated[str, typer.Option(help="new, established, related, invalid or untracked.")] = "new",
+) -> int:
+    """Say what happens to one packet, and why, with the policy line."""
+    from fwcompiler.explain import packet_from
+    from fwcompiler.proof.meaning import explain as decide
+    from fwcompiler.report import explain_json
+
+    options: Options = context.obj
+    packet = packet_from(source, to, to_addr, interface, state)
+    explanation = decide(_compile(policy, options).resolved, packet)
+    if options.json:
+        _print_json(explain_json(explanation))
+    else:
+        print("\n".join(explanation.steps))
+        if explanation.at:
+            print(format_findings([Finding("value", "decided here", explanation.at, severity="note")]).replace("note[value]: ", ""))
+    return EXIT_OK
+
+
+@app.command()
+def lab(context: typer.Context, policy: PolicyFile) -> int:
+    """Try a policy with real packets in a throw-away network of namespaces."""
+    from fwcompiler.lab import lab_text, run_lab
+
+    options: Options = context.obj
+    result = run_lab(_compile(policy, options), _backend(options))
+    if options.json:
+        _print_json(result.as_json())
+    else:
+        print(lab_text(result))
+    return EXIT_OK if result.agrees else EXIT_DIFFERS
+
+
+@app.command()
+def remove(
+    context: typer.Context,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> int:
+    """Take out everything that is fwc's, and nothing else."""
+    from fwcompiler import apply as stage
+    from fwcompiler.kernel.runner import find
+    from fwcompiler.registry import installed, load
+
+    options: Options = context.obj
+    names = [_backend(options).name] if options.backend else list(installed())
+    backends = [b for b in map(load, names) if options.backend or all(find(p) for p in b.programs)]
+    state = _state(options)
+    with _target(options) as namespace, state.lock():
+        if not yes:
+            print("this takes out all rules of fwc; what they protected is open then", file=sys.stderr)
+        _ask(yes)
+        removed = list(stage.remove(backends, namespace, state))
+    if options.json:
+        _print_json({"removed": removed})
+    elif not options.quiet:
+        print(f"removed: {', '.join(removed)}" if removed else "there was nothing of fwc")
+    return EXIT_OK
+
+
+@app.command()
+def backends(context: typer.Context) -> int:
+    """List the installed backends, where they come from, and whether their programs are here."""
+    from fwcompiler.kernel.runner import find
+    from fwcompiler.registry import installed, load, origin
+
+    options: Options = context.obj
+    rows = []
+    for name, point in installed().items():
+        try:
+            missing = [p for p in load(name).programs if find(p) is None]
+            rows.append({"name": name, "from": origin(point), "usable": not missing, "missing": missing, "error": None})
+        except UsageError as broken:
+            rows.append({"name": name, "from": origin(point), "usable": False, "missing": [], "error": broken.message})
+    if options.json:
+        _print_json({"backends": rows})
+        return EXIT_OK
+    for row in rows:
+        state = "usable" if row["usable"] else row["error"] or f"missing: {', '.join(map(str, row['missing']))}"
+        print(f"{row['name']:<16} {state:<24} {row['from']}")
+    return EXIT_OK
+
+
+@app.command()
+def schema(
+    name: Annotated[str, typer.Argument(help="policy, or one of the JSON shapes: check, diff, status, explain, …")] = "policy",
+) -> int:
+    """Print a JSON Schema, by default that of the policy language."""
+    from fwcompiler.schemas import SCHEMAS
+
+    if name not in SCHEMAS:
+        raise UsageError(f"there is no schema `{name}`", hint=f"there are: {', '.join(SCHEMAS)}")
+    _print_json(SCHEMAS[name]())
+    return EXIT_OK
+
+
+def _compile(path: str, options: Options) -> Compiled:
+    from fwcompiler.pipeline import compile_policy
+
+    compiled = compile_policy(path)
+    if compiled.findings and not options.quiet:
+        color = options.color and sys.stderr.isatty()
+        print(format_findings(compiled.findings, color=color), file=sys.stderr)
+    return compiled
+
+
+def _backend(options: Options) -> Backend:
+    from fwcompiler.choose import choose_backend
+
+    with _target(options) as namespace:
+        return choose_backend(options.backend, namespace, _state(options))
+
+
+@contextmanager
+def _target(options: Options) -> Iterator[Namespace]:
+    from fwcompiler.pipeline import target
+
+    with target(options.netns) as namespace:
+        yield namespace
+
+
+def _state(options: Options) -> StateDir:
+    from fwcompiler.state import DEFAULT, StateDir
+
+    if options.state_dir:
+        return StateDir(options.state_dir)
+    return StateDir(f"{DEFAULT}/netns/{options.netns}" if options.netns else DEFAULT)
+
+
+def _show_plan(planned: Plan, compiled: Compiled, options: Options) -> None:
+    from fwcompiler.report import diff_json, diff_text
+
+    if options.json:
+        _print_json(diff_json(planned))
+    elif not options.quiet:
+        print(diff_text(planned, compiled.resolved, color=options.color_out, whole=options.verbose))
+
+
+def _write_files(folder: Path, files: Any) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (folder / name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot write to {folder}: {error.strerror}") from error
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))
+
+
+__all__ = ["PolicyRejected", "app"]

@@ -1,0 +1,1 @@
+"""The only place that runs programs, opens sockets or changes namespaces."""

@@ -1,0 +1,183 @@
+"""Runs commands and fills sets. Nothing else in fwc starts a program or changes a kernel.
+
+Steps run in order; when one fails, what the steps before it did is undone in reverse, and the failure says so.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import cast
+
+from fwcompiler.addresses import Ranges
+from fwcompiler.backend import Command, Do, Fill, SetKind, Step
+from fwcompiler.diagnostics import Finding, HostRefused, Position
+from fwcompiler.kernel import ipset, nftset
+
+PACKAGES = {"nft": "nftables", "ipset": "ipset"}
+PATH = os.pathsep.join(filter(None, (os.environ.get("PATH"), "/usr/sbin", "/sbin")))
+
+# How the programs say that there is nothing of ours: nft, iptables-save, ipset.
+_NOTHING = re.compile(r"No such file or directory|does not exist|No such table|Table .* incompatible", re.I)
+_NFT_PLACE = re.compile(r"^/dev/stdin:(\d+):[\d-]+: (?:Error: )?(.*)$", re.M)
+_RESTORE_LINE = re.compile(r"line:? (\d+)")
+
+
+def find(program: str) -> str | None:
+    """Full path of a program, looked for in the sbin directories too, or None."""
+    for folder in PATH.split(os.pathsep):
+        path = os.path.join(folder, program)  # noqa: PTH118 - pathlib costs more than the whole search
+        if os.access(path, os.X_OK):
+            return path
+    return None
+
+
+def require(programs: Sequence[str]) -> None:
+    """Check that programs are installed.
+
+    Raises:
+        HostRefused: naming all that are missing, and their packages.
+    """
+    missing = [p for p in programs if find(p) is None]
+    if missing:
+        packages = dict.fromkeys(PACKAGES.get(p, "iptables") for p in missing)
+        names = ", ".join(f"`{p}`" for p in missing)
+        raise HostRefused(
+            f"{names} {'is' if len(missing) == 1 else 'are'} not installed; nothing was changed",
+            hint=f"install {' and '.join(packages)} with apt, dnf or zypper",
+        )
+
+
+def run(command: Command) -> str:
+    """Run one command and return what it printed.
+
+    Raises:
+        HostRefused: not installed, or it failed; refusals of single lines are mapped to the policy.
+    """
+    program = find(command.argv[0])
+    if program is None:
+        require(command.argv[:1])
+    result = subprocess.run(
+        [program or "", *command.argv[1:]],
+        input=command.stdin,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PATH": PATH, "LC_ALL": "C"},
+    )
+    if result.returncode == 0:
+        return result.stdout
+    if command.missing_ok and _NOTHING.search(result.stderr):
+        return ""
+    raise _refusal(command, result.stderr)
+
+
+def _refusal(command: Command, stderr: str) -> HostRefused:
+    text = stderr.strip()
+    if re.search(r"Operation not permitted|[Pp]ermission denied|must be root", text):
+        return HostRefused(f"{command.argv[0]}: not permitted", hint="fwc needs root (CAP_NET_ADMIN) for this")
+    findings = [
+        Finding("kernel", f"{command.argv[0]}: {message}", at) for line, message in _failed_lines(text) if (at := _origin(command, line))
+    ]
+    first = next((line for line in text.splitlines() if line.strip()), "failed without a word")
+    return HostRefused(f"{command.argv[0]} refused: {first}", findings)
+
+
+def _failed_lines(stderr: str) -> Iterator[tuple[int, str]]:
+    """Numbers of refused lines, from nft's or iptables-restore's words."""
+    found = False
+    for match in _NFT_PLACE.finditer(stderr):
+        found = True
+        yield int(match[1]), match[2]
+    if not found and (match := _RESTORE_LINE.search(stderr)):
+        yield int(match[1]), stderr.splitlines()[0]
+
+
+def _origin(command: Command, line: int) -> Position | None:
+    return command.origins.get(line)
+
+
+def outputs(commands: Sequence[Command]) -> tuple[str, ...]:
+    """What each command prints, in order."""
+    return tuple(run(c) for c in commands)
+
+
+def execute(steps: Sequence[Step]) -> None:
+    """Run steps in order; consecutive fills of nftables sets are one transaction.
+
+    Raises:
+        HostRefused: a step failed; what came before it was undone.
+    """
+    undo: list[Do] = []
+    try:
+        for together, group in groupby(steps, key=lambda s: isinstance(s.do, Fill) and s.do.kind == "nft"):
+            batch = list(group)
+            if together:
+                undo[:0] = [u for s in reversed(batch) for u in s.undo]
+                _fill_nft([cast(Fill, s.do) for s in batch])
+                continue
+            for step in batch:
+                undo[:0] = step.undo
+                _do(step.do)
+    except BaseException as error:
+        _undo(undo, error)
+        raise
+
+
+def _undo(undo: Sequence[Do], error: BaseException) -> None:
+    """Put back what was done. A step's own undo runs too: it may have got half way."""
+    failed: list[str] = []
+    for each in undo:
+        try:
+            _do(each)
+        except HostRefused as second:
+            failed.append(second.message)
+    if isinstance(error, HostRefused):
+        error.message += f"; putting back failed too: {'; '.join(failed)}" if failed else "; nothing was changed"
+
+
+def _do(do: Do) -> None:
+    if isinstance(do, Command):
+        run(do)
+    elif do.kind == "nft":
+        _fill_nft([do])
+    else:
+        ipset.change(do.set, do.version, do.add, do.remove)
+
+
+def _fill_nft(fills: Sequence[Fill]) -> None:
+    nftset.change_many([(f.set, f.version, f.add, f.remove) for f in fills])
+
+
+def read_set(kind: SetKind, name: str, version: int) -> Ranges:
+    """Content of a static set, as the kernel holds it."""
+    return nftset.read(name, version) if kind == "nft" else ipset.read(name)
+
+
+def read_members(kind: SetKind, name: str, version: int) -> tuple[tuple[int, int | None], ...]:
+    """Members of a dynamic set with their remaining milliseconds."""
+    if kind == "nft":
+        return nftset.members(name, version)
+    return tuple((address, None if left is None else left * 1000) for address, left in ipset.members(name))
+
+
+def iptables_rules(variant: str) -> int:
+    """How many rules one iptables variant holds, both families; 0 where it is not installed or may not be asked."""
+    total = 0
+    for program in (f"iptables-{variant}-save", f"ip6tables-{variant}-save"):
+        if find(program):
+            try:
+                total += run(Command((program,), missing_ok=True)).count("\n-A ")
+            except HostRefused:
+                continue
+    return total
+
+
+def iptables_default() -> str:
+    """The variant behind the plain name `iptables`; nft where it cannot be asked."""
+    if find("iptables") is None:
+        return "iptables-nft"
+    return "iptables-legacy" if "legacy" in run(Command(("iptables", "--version"))) else "iptables-nft"

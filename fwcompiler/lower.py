@@ -1,0 +1,173 @@
+"""Lowers a resolved policy to the neutral ruleset, in the order that section "the meaning" of the design gives.
+
+One input chain, one chain a service. Restricted services are decided before the established rule, so that
+whoever is taken out of a group is cut off at once; public ones after it, so that a call's packets pass early.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from fwcompiler.addresses import LOOPBACK, Addresses
+from fwcompiler.diagnostics import Position
+from fwcompiler.ports import PROTOCOLS
+from fwcompiler.resolve import Resolved, ResolvedGroup, ResolvedService
+from fwcompiler.ruleset import (
+    AddressSet,
+    Chain,
+    Final,
+    Goto,
+    Hook,
+    InRanges,
+    InSet,
+    Interface,
+    Limit,
+    Match,
+    PortIn,
+    ProtocolIs,
+    Rule,
+    Ruleset,
+    StateIn,
+    TypeIn,
+)
+
+FAMILIES = (4, 6)
+LOG_PREFIX = "fwc drop: "
+
+ICMP_ERRORS = (3, 11, 12)
+"""Destination unreachable (PMTU among them), time exceeded, parameter problem (RFC 792, RFC 1191)."""
+ICMPV6_NEEDED = (1, 2, 3, 4, 130, 131, 132, 133, 134, 135, 136, 143)
+"""Errors and packet too big (RFC 4443), MLD (RFC 2710, RFC 3810), neighbour discovery (RFC 4861; see RFC 4890)."""
+ECHO = {4: 8, 6: 128}
+ECHO_LIMIT = Limit(20, "second", 40)
+LOG_LIMIT = Limit(5, "second", 10)
+
+
+def lower(policy: Resolved) -> Ruleset:
+    """The ruleset that means what the policy says. Same policy, same value."""
+    early = [s for s in policy.services if s.early]
+    late = [s for s in policy.services if not s.early]
+    rules = (
+        *_loopback(),
+        *_block(policy),
+        *_trust(policy),
+        Rule((StateIn(frozenset(("invalid",))),), Final.DROP, "invalid"),
+        *_dispatch(early),
+        Rule((StateIn(frozenset(("established", "related"))),), Final.ACCEPT, "established"),
+        *_dispatch(late),
+        *_icmp(),
+        Rule((LOG_LIMIT,), None, log_prefix=LOG_PREFIX),
+        Rule((), Final.DROP, "other"),
+    )
+    chains = tuple(_service_chain(s, policy) for s in (*early, *late))
+    return Ruleset((*chains, Chain("input", rules, Hook("input"))), tuple(_sets(policy)))
+
+
+def chain_name(service: ResolvedService) -> str:
+    """Name of a service's chain."""
+    return f"service.{service.name}"
+
+
+def _loopback() -> Iterator[Rule]:
+    yield Rule((Interface("in", "lo"),), Final.ACCEPT, "loopback")
+    for version in FAMILIES:
+        for side in ("source", "destination"):
+            yield Rule((InRanges(side, version, (LOOPBACK[version],)),), Final.DROP, "loopback")  # type: ignore[arg-type]
+
+
+def _block(policy: Resolved) -> Iterator[Rule]:
+    """Excepted groups are taken out of the block set here; only their dynamic members are left to be tested."""
+    if policy.block is None:
+        return
+    excepted = [policy.groups[name] for name in policy.block.excepted if policy.groups[name].dynamic]
+    for version in FAMILIES:
+        if _blocked(policy).family(version):
+            spared = (InSet("source", dynamic_name(g, version), version, negated=True) for g in excepted)
+            yield Rule((InSet("source", f"block.v{version}", version), *spared), Final.DROP, "block", origin=policy.block.at)
+        for name in policy.block.groups:
+            if policy.groups[name].dynamic and name not in policy.block.excepted:
+                spared = (InSet("source", s, version, negated=True) for s in _spared_sets(policy, version))
+                matches = (InSet("source", dynamic_name(policy.groups[name], version), version), *spared)
+                yield Rule(matches, Final.DROP, "block", origin=policy.block.at)
+
+
+def _spared_sets(policy: Resolved, version: int) -> Iterator[str]:
+    """Sets whose members the block list spares although they are dynamic members of a blocked group."""
+    assert policy.block is not None
+    for name in policy.block.excepted:
+        yield from _set_names(policy.groups[name], version)
+
+
+def _blocks_dynamic(policy: Resolved) -> bool:
+    """True where the dynamic members of a blocked group have to be compared with the spared groups at run time."""
+    return policy.block is not None and any(policy.groups[n].dynamic and n not in policy.block.excepted for n in policy.block.groups)
+
+
+def _blocked(policy: Resolved) -> Addresses:
+    assert policy.block is not None
+    return policy.addresses(policy.block.groups) - policy.addresses(policy.block.excepted)
+
+
+def _trust(policy: Resolved) -> Iterator[Rule]:
+    yield from _accept_groups(policy, policy.trust, "trust", policy.trust_at)
+
+
+def _accept_groups(policy: Resolved, groups: Iterable[str], service: str, at: Position | None) -> Iterator[Rule]:
+    for name in groups:
+        for version in FAMILIES:
+            for set_name in _set_names(policy.groups[name], version):
+                yield Rule((InSet("source", set_name, version),), Final.ACCEPT, service, origin=at)
+
+
+def _dispatch(services: Iterable[ResolvedService]) -> Iterator[Rule]:
+    """One rule a port range, by protocol and port: a form that every backend can turn into one look-up."""
+    entries = [(p.protocol, span, s) for s in services for p in s.ports for span in p.ranges or (None,)]
+    for protocol, span, service in sorted(entries, key=lambda e: (e[0], e[1] or (0, 0))):
+        match: Match = ProtocolIs(PROTOCOLS[protocol]) if span is None else PortIn("destination", protocol, span)
+        yield Rule((match,), Goto(chain_name(service)), origin=service.at)
+
+
+def _service_chain(service: ResolvedService, policy: Resolved) -> Chain:
+    if service.groups is None:
+        rules: tuple[Rule, ...] = (Rule((), Final.ACCEPT, service.name, origin=service.at),)
+    else:
+        accepts = _accept_groups(policy, service.groups, service.name, service.at)
+        rules = (*accepts, Rule((), Final.DROP, service.name, origin=service.at))
+    return Chain(chain_name(service), rules)
+
+
+def _icmp() -> Iterator[Rule]:
+    for version, types in ((4, ICMP_ERRORS), (6, ICMPV6_NEEDED)):
+        yield Rule((TypeIn(version, types),), Final.ACCEPT, "icmp")
+        yield Rule((TypeIn(version, (ECHO[version],)), ECHO_LIMIT), Final.ACCEPT, "icmp")
+
+
+def dynamic_name(group: ResolvedGroup, version: int) -> str:
+    """Name of the set that holds a group's dynamic members of one family."""
+    return f"{group.name}.dynamic.v{version}"
+
+
+def _set_names(group: ResolvedGroup, version: int) -> Iterator[str]:
+    """The sets a group has in one family: none where it has no address of that family and cannot get one."""
+    if group.addresses.family(version):
+        yield f"{group.name}.v{version}"
+    if group.dynamic:
+        yield dynamic_name(group, version)
+
+
+def _sets(policy: Resolved) -> Iterator[AddressSet]:
+    """Sets that the rules name, in a fixed order."""
+    accepted = [*policy.trust, *(g for s in policy.services for g in s.groups or ())]
+    static = {*accepted, *(policy.block.excepted if policy.block and _blocks_dynamic(policy) else ())}
+    blocking = (*policy.block.groups, *policy.block.excepted) if policy.block else ()
+    for name in dict.fromkeys((*accepted, *blocking)):
+        group = policy.groups[name]
+        for version in FAMILIES:
+            if name in static and group.addresses.family(version):
+                yield AddressSet(f"{name}.v{version}", version, group.addresses.family(version), origin=group.at)
+            if group.dynamic:
+                yield AddressSet(dynamic_name(group, version), version, timeout=group.timeout, size=group.size, origin=group.at)
+    for version in FAMILIES if policy.block else ():
+        blocked = _blocked(policy).family(version)
+        if blocked and policy.block:
+            yield AddressSet(f"block.v{version}", version, blocked, origin=policy.block.at)

@@ -1,0 +1,150 @@
+"""The phases of fwc, in order. Reading this file is reading the design.
+
+Everything up to :class:`Compiled` is pure but for reading files; `normal_form` and `observe` ask a kernel, the
+first in a scratch namespace; `plan` is pure again. Changing a host is `apply`'s business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+
+from fwcompiler.addresses import Ranges
+from fwcompiler.backend import Backend, Rendered
+from fwcompiler.diagnostics import Finding, HostRefused, PolicyRejected, Report
+from fwcompiler.include import load_merged
+from fwcompiler.kernel import netns, observe as kernel, runner
+from fwcompiler.lower import lower
+from fwcompiler.plan import Plan, make_plan, with_contents
+from fwcompiler.policy import Policy, validate
+from fwcompiler.proof.access import compare
+from fwcompiler.resolve import Resolved, resolve
+from fwcompiler.ruleset import Ruleset
+from fwcompiler.source import Document
+from fwcompiler.state import StateDir
+from fwcompiler.testing import run_tests
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A policy that was accepted: its meaning, its neutral ruleset, and the warnings on the way."""
+
+    path: str
+    document: Document
+    policy: Policy
+    resolved: Resolved
+    ruleset: Ruleset
+    findings: tuple[Finding, ...]
+
+    def files(self) -> tuple[str, ...]:
+        """The policy file and everything it includes."""
+        return tuple(dict.fromkeys((self.path, *(at.file for at in self.document.values.values()))))
+
+
+@dataclass(frozen=True)
+class NormalForm:
+    """A ruleset as a kernel lists it: what wanted and live are compared in."""
+
+    ruleset: Ruleset
+    listing: tuple[str, ...]
+
+
+def compile_policy(path: str) -> Compiled:
+    """File -> model -> addresses -> ruleset, and the policy's own tests.
+
+    Raises:
+        PolicyRejected: with every finding of the stage that failed.
+    """
+    report = Report()
+    document = load_merged(path, report)
+    report.stop_on_error()
+    assert document is not None
+    policy = validate(document, report)
+    report.stop_on_error()
+    assert policy is not None
+    resolved = resolve(policy, document, report, today=datetime.now(UTC).date())
+    report.stop_on_error()
+    run_tests(resolved, report)
+    report.stop_on_error()
+    return Compiled(path, document, policy, resolved, lower(resolved), report.sorted())
+
+
+def render(compiled: Compiled, backend: Backend) -> Rendered:
+    """The ruleset as the backend's files.
+
+    Raises:
+        PolicyRejected: the backend cannot express something, each with its policy line.
+    """
+    refused = backend.refuse(compiled.ruleset)
+    if refused:
+        raise PolicyRejected(findings=refused)
+    return backend.render(compiled.ruleset)
+
+
+def normal_form(compiled: Compiled, backend: Backend) -> NormalForm:
+    """Load the ruleset into a scratch namespace and list it there: the kernel accepts it, and says what it made of it.
+
+    Raises:
+        PolicyRejected: the backend cannot express something.
+        HostRefused: a program is missing, the kernel refuses, or the listing grants other access than the policy.
+    """
+    render_check = backend.refuse(compiled.ruleset)
+    if render_check:
+        raise PolicyRejected(findings=render_check)
+    runner.require(backend.programs)
+    with netns.scratch() as scratch, scratch.entered():
+        runner.execute(backend.load(compiled.ruleset))
+        listing = runner.outputs(backend.listing())
+    listed = with_contents(backend.parse(listing), compiled.ruleset)
+    difference = compare(compiled.ruleset, listed)
+    if difference.gained or difference.lost:
+        wrong = (*difference.gained, *difference.lost)[0]
+        raise HostRefused(
+            f"{backend.name} loaded rules that treat {wrong.sources()[0]} to {wrong.to} differently from the policy; nothing was changed",
+            hint="this is a bug in fwc: please report it with the policy",
+        )
+    return NormalForm(listed, listing)
+
+
+def observe(backend: Backend, namespace: netns.Namespace, remembered: Mapping[str, Ranges] | None = None) -> Ruleset:
+    """What the kernel holds of ours, set contents and dynamic members included.
+
+    ``remembered``: contents of big sets as last applied, trusted where samples agree with the kernel.
+
+    Raises:
+        HostRefused: a program is missing, or this user may not ask.
+    """
+    runner.require(backend.programs)
+    with namespace.entered():
+        listed = backend.parse(runner.outputs(backend.listing()))
+        return replace(listed, sets=tuple(kernel.fill_in(backend.set_kind, s, remembered or {}) for s in listed.sets))
+
+
+def plan(compiled: Compiled, backend: Backend, namespace: netns.Namespace, state: StateDir) -> tuple[Plan, NormalForm]:
+    """Everything an apply would do, with nothing done yet."""
+    wanted = normal_form(compiled, backend)
+    live = observe(backend, namespace, remembered(state, backend))
+    return make_plan(backend, live, wanted.ruleset), wanted
+
+
+def remembered(state: StateDir, backend: Backend) -> dict[str, Ranges]:
+    """Contents of big sets as the current generation loaded them."""
+    generation = state.current()
+    if generation is None or generation.backend != backend.name:
+        return {}
+    try:
+        return state.contents(generation.number)
+    except (OSError, ValueError):
+        return {}
+
+
+@contextmanager
+def target(name: str | None) -> Iterator[netns.Namespace]:
+    """The namespace to act in: the one called `name`, or the one we are in."""
+    namespace = netns.named(name) if name else netns.Namespace()
+    try:
+        yield namespace
+    finally:
+        namespace.close()

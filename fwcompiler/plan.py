@@ -1,0 +1,81 @@
+"""Compares what a kernel holds with what is wanted, and plans the way from one to the other. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from fwcompiler.addresses import Range, range_text
+from fwcompiler.backend import Backend, Command, Fill, SetChange, Step
+from fwcompiler.proof.access import AccessChange, compare
+from fwcompiler.ruleset import Ruleset
+
+MAX_ELEMENTS_SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The way from `live` to `wanted`: what it means, and what to run. No steps: in sync."""
+
+    live: Ruleset
+    wanted: Ruleset
+    steps: tuple[Step, ...]
+    access: AccessChange
+
+    @property
+    def in_sync(self) -> bool:
+        """True when the kernel holds exactly what is wanted."""
+        return not self.steps
+
+    def changes(self) -> tuple[str, ...]:
+        """The kernel changes, one line each, as they will be sent."""
+        return tuple(line for step in self.steps for line in _lines(step.do))
+
+
+def make_plan(backend: Backend, live: Ruleset, wanted: Ruleset) -> Plan:
+    """Plan the way from `live` to `wanted`; both were read from a kernel, sets with their content."""
+    if not live:
+        steps = tuple(backend.load(wanted))
+    else:
+        steps = tuple(backend.update(live, wanted, set_changes(live, wanted)))
+    access = compare(live, wanted) if steps else AccessChange((), ())
+    return Plan(live, wanted, steps, access)
+
+
+def set_changes(live: Ruleset, wanted: Ruleset) -> tuple[SetChange, ...]:
+    """How the contents of static sets that exist on both sides differ, entry by entry as kernels store them."""
+    return tuple(_set_changes(live, wanted))
+
+
+def _set_changes(live: Ruleset, wanted: Ruleset) -> Iterator[SetChange]:
+    present = {s.name: s for s in live.sets}
+    for each in wanted.sets:
+        old = present.get(each.name)
+        if old is None or each.dynamic or old.dynamic or old.ranges == each.ranges:
+            continue
+        before, after = set(old.ranges), set(each.ranges)
+        yield SetChange(each, _sorted(after - before), _sorted(before - after))
+
+
+def _sorted(ranges: set[Range]) -> tuple[Range, ...]:
+    return tuple(sorted(ranges))
+
+
+def with_contents(listed: Ruleset, lowered: Ruleset) -> Ruleset:
+    """What a scratch kernel listed, its static sets given the contents they were loaded with."""
+    contents = {s.name: s for s in lowered.sets}
+    sets = (replace(s, ranges=contents[s.name].ranges, origin=contents[s.name].origin) if s.name in contents else s for s in listed.sets)
+    return replace(listed, sets=tuple(sets))
+
+
+def _lines(do: Command | Fill) -> Iterator[str]:
+    match do:
+        case Command(argv, stdin):
+            body = [line for line in stdin.splitlines() if line.strip()]
+            yield from body if body else [" ".join(argv)]
+        case Fill(_, name, version, add, remove):
+            for verb, ranges in (("delete", remove), ("add", add)):
+                if ranges:
+                    shown = ", ".join(range_text(version, r) for r in ranges[:MAX_ELEMENTS_SHOWN])
+                    more = f", and {len(ranges) - MAX_ELEMENTS_SHOWN} more" if len(ranges) > MAX_ELEMENTS_SHOWN else ""
+                    yield f"{verb} element {name} {{ {shown}{more} }}"

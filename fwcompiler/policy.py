@@ -1,0 +1,295 @@
+"""The policy language as pydantic models: what a document may say, field by field.
+
+Nothing is resolved here: addresses and ports stay the text the operator wrote, so that later stages can point at
+it. Unknown keys are errors. `fwc schema` prints the JSON Schema made from these models.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag, ValidationError
+
+from fwcompiler.catalogue import CATALOGUE
+from fwcompiler.diagnostics import Report, did_you_mean
+from fwcompiler.source import Document, Key, KeyPath
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,19}$")]
+Kind = Literal["everyone", "loopback", "multicast"]
+Duration = Annotated[str, StringConstraints(pattern=r"^([0-9]{1,6}[smhdw])+$")]
+
+NOT_YET: dict[str, str] = {
+    "hosts": "several hosts in one policy",
+    "edge": "a firewall in front of several dialers",
+    "egress": "rules for outgoing traffic",
+    "limits": "rate limits",
+    "limit": "rate limits",
+    "conntrack": "traffic past connection tracking",
+    "notrack": "traffic past connection tracking",
+    "dscp": "DSCP marks",
+    "on": "services bound to a role",
+    "rtp_conf": "ports read from rtp.conf",
+}
+"""Keys of the language that this version does not compile yet. They are refused, never ignored."""
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class ListFile(_Model):
+    """A list file as group member: one entry a line, or a column of a CSV file, or a path into a JSON file."""
+
+    file: str = Field(min_length=1, description="Path of the list, relative to the policy file that names it.")
+    column: str | None = Field(None, description="CSV and TSV: the heading of the column that holds the addresses.")
+    path: str | None = Field(None, description="JSON: where the addresses are, as in `regions[].signalling[]`.")
+    bad_lines: Literal["skip", "refuse"] = Field(
+        "skip", description="What to do with lines that are no usable address: leave them out with a warning, or refuse the policy."
+    )
+    allow: list[Literal["everyone", "loopback", "multicast", "shrink"]] = Field(
+        default_factory=list, description="Kinds of entries that are refused otherwise; `shrink`: the list may lose more than half."
+    )
+
+
+class AddressEntry(_Model):
+    """One address with more to say about it."""
+
+    address: str = Field(description="Address, prefix, range `a-b` or wildcard `a.b.c.x`.")
+    comment: str = Field("", description="For the reader.")
+    allow: list[Kind] = Field(default_factory=list, description="Kinds of entries that are refused otherwise.")
+
+
+def _member_form(value: Any) -> str | None:
+    if isinstance(value, str):
+        return "text"
+    if isinstance(value, ListFile | AddressEntry):
+        return "file" if isinstance(value, ListFile) else "address"
+    if isinstance(value, dict):
+        return "address" if "address" in value else "file"
+    return None
+
+
+Member = Annotated[
+    Annotated[str, Tag("text")] | Annotated[ListFile, Tag("file")] | Annotated[AddressEntry, Tag("address")],
+    Discriminator(_member_form, custom_error_type="member", custom_error_message="an address, `{file: …}` or `{address: …}`"),
+]
+
+
+class Dynamic(_Model):
+    """Members that come and go while the host runs; they are kept over an apply."""
+
+    timeout: Duration = Field("12h", description="How long a member stays when nothing else is said: `90s`, `30m`, `12h`, `7d`.")
+    max: int = Field(4096, ge=1, le=1_000_000, description="How many members there may be at once, per address family.")
+
+
+class Group(_Model):
+    """A named set of addresses, both families mixed."""
+
+    members: list[Member] = Field(default_factory=list, description="Addresses and list files.")
+    dynamic: Dynamic | None = Field(None, description="Lets addresses be added and removed at run time.")
+
+
+def _group_form(value: Any) -> str | None:
+    return "list" if isinstance(value, list) else "full" if isinstance(value, dict | Group) else None
+
+
+GroupForm = Annotated[
+    Annotated[list[Member], Tag("list")] | Annotated[Group, Tag("full")],
+    Discriminator(_group_form, custom_error_type="group", custom_error_message="a list of addresses, or a mapping with `members`"),
+]
+
+
+class Block(_Model):
+    """Sources whose packets are dropped before anything is looked at."""
+
+    from_: list[str] = Field(alias="from", min_length=1, description="Groups to block.")
+    except_: list[str] | None = Field(
+        None, alias="except", description="Groups that are never blocked; left out: every group that a service names."
+    )
+
+
+def _from_form(value: Any) -> str | None:
+    return "anywhere" if isinstance(value, str) else "groups" if isinstance(value, list) else None
+
+
+From = Annotated[
+    Annotated[Literal["anywhere"], Tag("anywhere")] | Annotated[list[str], Tag("groups"), Field(min_length=1)],
+    Discriminator(_from_form, custom_error_type="from", custom_error_message="`anywhere` or a list of groups"),
+]
+PortsForm = Annotated[
+    Annotated[str, Tag("text")] | Annotated[int, Tag("number")] | Annotated[list[str | int], Tag("list"), Field(min_length=1)],
+    Discriminator(
+        lambda v: {str: "text", int: "number", list: "list"}.get(type(v)),
+        custom_error_type="ports",
+        custom_error_message="a list as in `[tcp/9100, udp/4000-4999]`",
+    ),
+]
+
+
+class ServiceEntry(_Model):
+    """Who may reach one service."""
+
+    from_: From = Field(alias="from", description="`anywhere`, or the groups that may reach it.")
+    ports: PortsForm | None = Field(
+        None, description="Ports, for services of one's own and in place of the catalogue's: `[tcp/9100, udp/4000-4999]`."
+    )
+    redirect: Literal["web-server", "closed", "responder"] | None = Field(
+        None, description="http only: the web server redirects to HTTPS (default), or port 80 stays closed."
+    )
+    expose: str | None = Field(
+        None, min_length=1, description="The reason why a service that is not public is open to anywhere; shown in every check."
+    )
+
+
+class PolicyTest(_Model):
+    """An expectation that every check, diff and apply verifies."""
+
+    from_: str | list[str] = Field(alias="from", description="A group, an address, a prefix, a range or `anywhere`.")
+    to: str = Field(description="`udp/5060`, `tcp/10000-20000`, `vrrp`, `icmp` …")
+    expect: Literal["accept", "drop"] = Field(description="The verdict for all of these packets.")
+    state: Literal["new", "established", "related", "invalid"] = Field("new", description="Connection tracking state of the packets.")
+
+
+class Policy(_Model):
+    """A whole policy, after its includes were merged in."""
+
+    version: Literal[1] = Field(description="Version of the policy language.")
+    name: str = Field("", max_length=200, description="What this policy is for; shown in listings.")
+    include: list[str] = Field(default_factory=list, description="Other policy files to merge in; this file wins over them.")
+    groups: dict[Name, GroupForm] = Field(default_factory=dict, description="Named sets of addresses.")
+    block: Block | None = Field(None, description="Sources that are dropped first.")
+    trust: list[str] = Field(default_factory=list, description="Groups whose every packet is accepted.")
+    services: dict[Name, ServiceEntry] = Field(default_factory=dict, description="What this host offers, and to whom.")
+    tests: list[PolicyTest] = Field(default_factory=list, description="Expectations, verified by every check, diff and apply.")
+
+
+def validate(document: Document, report: Report) -> Policy | None:
+    """The model of a merged document; None after errors were reported, every one at its place."""
+    if not isinstance(document.data, dict):
+        what = "empty" if document.data is None else "not a mapping"
+        report.error("type", f"the policy is {what}", document.locate(()), "start with `version: 1`")
+        return None
+    try:
+        return Policy.model_validate(document.data)
+    except ValidationError as error:
+        for item in error.errors(include_url=False):
+            _report_item(document, report, dict(item))
+        return None
+
+
+def _report_item(document: Document, report: Report, item: dict[str, Any]) -> None:
+    path: KeyPath = tuple(item["loc"])
+    kind, context = item["type"], item.get("ctx", {})
+    if kind == "extra_forbidden":
+        return _report_unknown_key(document, report, path)
+    at = document.locate(path)
+    if kind == "missing":
+        return report.error("required", f"`{path[-1]}` is missing", at, _missing_hint(path))
+    if kind == "string_pattern_mismatch" and "Duration" not in context and path[-1] == "[key]":
+        at = document.locate(path[:-1], key=True)
+        return report.error("name", f"`{path[-2]}` cannot be a name", at, "a letter, then up to 19 letters, digits, `-` or `_`")
+    if kind == "string_pattern_mismatch":
+        return report.error("value", f"`{item['input']}` is not a duration", at, "write 90s, 30m, 12h or 7d")
+    if kind in ("literal_error", "greater_than_equal", "less_than_equal", "too_short", "string_too_short", "string_too_long"):
+        return report.error("value", _value_message(item), at, _value_hint(item, path))
+    if kind in ("member", "group", "from", "ports"):
+        return report.error("type", f"expected {item['msg']}, found {_kind_of(item['input'])}", at)
+    expected = _EXPECTED.get(kind, item["msg"][:1].lower() + item["msg"][1:])
+    report.error("type", f"`{_readable(path)}` must be {expected}, found {_kind_of(item['input'])}", at, _type_hint(item))
+    return None
+
+
+_EXPECTED = {
+    "string_type": "text",
+    "int_type": "a number",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "model_attributes_type": "a mapping",
+}
+
+
+def _report_unknown_key(document: Document, report: Report, path: KeyPath) -> None:
+    name = str(path[-1])
+    at = document.locate(path, key=True)
+    known = _keys_at(path[:-1])
+    if name in NOT_YET and name not in known:
+        report.error("not-yet", f"`{name}` ({NOT_YET[name]}) is not compiled by this version", at, "take it out; nothing is ignored silently")
+    elif name == "<<":
+        report.error("unknown-key", "YAML merge keys are not part of the policy language", at, "use `include`")
+    else:
+        report.error(
+            "unknown-key", f"there is no key `{name}` here", at, did_you_mean(name, known) or (f"known: {', '.join(known)}" if known else "")
+        )
+
+
+_TAGS = frozenset(("text", "file", "address", "list", "full", "anywhere", "groups", "number", "[key]"))
+
+
+def _keys_at(path: KeyPath) -> list[str]:
+    """Names of the keys that the language has at a place of the document."""
+    models: dict[str, type[BaseModel]] = {"services": ServiceEntry, "groups": Group, "tests": PolicyTest, "block": Block}
+    model: type[BaseModel] = models.get(str(path[0]), Policy) if path else Policy
+    if path and path[0] == "groups":
+        model = AddressEntry if path[-1] == "address" else ListFile if path[-1] == "file" else Dynamic if path[-1] == "dynamic" else Group
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _missing_hint(path: KeyPath) -> str:
+    hints = {"version": "`version: 1` says which policy language this is", "from": "say `from: anywhere` or name the groups"}
+    return hints.get(str(path[-1]), "")
+
+
+def _value_message(item: dict[str, Any]) -> str:
+    value, context = item["input"], item.get("ctx", {})
+    match item["type"]:
+        case "literal_error":
+            return f"`{value}` is not one of {context['expected']}".replace("'", "`")
+        case "greater_than_equal":
+            return f"{value} is below {context['ge']}"
+        case "less_than_equal":
+            return f"{value} is above {context['le']}"
+        case "string_too_long":
+            return f"text is longer than {context['max_length']} characters"
+        case _:
+            return "this may not be empty"
+
+
+def _value_hint(item: dict[str, Any], path: KeyPath) -> str:
+    if "from" in path and isinstance(item["input"], str):
+        return f"a group is named in a list: [{item['input']}]"
+    if item["type"] == "literal_error" and isinstance(item["input"], str):
+        return did_you_mean(item["input"], re.findall(r"'([^']+)'", item["ctx"]["expected"]))
+    if path and path[-1] == "version":
+        return "this version of fwc reads `version: 1`"
+    return ""
+
+
+def _type_hint(item: dict[str, Any]) -> str:
+    if item["type"] == "list_type" and isinstance(item["input"], str):
+        return f"write a list: [{item['input']}]"
+    if item["type"] == "string_type" and isinstance(item["input"], int | float):
+        return "put it in quotes if it is meant as text"
+    return ""
+
+
+def _kind_of(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    names = {str: "text", int: "a number", float: "a number", list: "a list", dict: "a mapping"}
+    kind = names.get(type(value), type(value).__name__)
+    return f"`{value}`" if isinstance(value, str | int | float) and len(str(value)) < 40 else kind
+
+
+def _readable(path: KeyPath) -> str:
+    parts: list[Key] = [p for p in path if p not in _TAGS]
+    return ".".join(str(p) for p in parts) or "policy"
+
+
+def known_services() -> list[str]:
+    """Names in the catalogue, for hints."""
+    return list(CATALOGUE)

@@ -1,0 +1,1 @@
+"""What a policy and a ruleset mean, for packets: pure functions, no compiler, no kernel."""

@@ -1,0 +1,179 @@
+"""The meaning of a policy: the reference that compilers, kernels and explanations are held against.
+
+Written straight from the policy, clause by clause in the order of the design's "the meaning", and sharing nothing
+with `lower` or the backends but value types. The first clause that holds decides a packet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fwcompiler.addresses import LOOPBACK, Addresses, address_text, covers, range_text
+from fwcompiler.diagnostics import Position
+from fwcompiler.ports import PROTOCOLS, Ports, port_text
+from fwcompiler.proof.fields import Packet
+from fwcompiler.resolve import Resolved, ResolvedService
+from fwcompiler.ruleset import State
+
+_LOOPBACK = Addresses((LOOPBACK[4],), (LOOPBACK[6],))
+_ICMP: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    4: ((3, 11, 12), (8,)),
+    6: ((1, 2, 3, 4, 130, 131, 132, 133, 134, 135, 136, 143), (128,)),
+}
+"""By family: types that are accepted, and types that are accepted at a limited rate."""
+
+
+@dataclass(frozen=True, slots=True)
+class Clause:
+    """One sentence of the meaning. A field that is None says nothing; all others have to hold.
+
+    `dynamic` names groups whose members at run time hold as well as `source`.
+    """
+
+    verdict: str
+    reason: str
+    service: str | None = None
+    at: Position | None = None
+    loopback: bool | None = None
+    source: Addresses | None = None
+    destination: Addresses | None = None
+    ports: tuple[Ports, ...] | None = None
+    states: frozenset[State] | None = None
+    icmp: tuple[int, tuple[int, ...]] | None = None
+    groups: tuple[str, ...] = ()
+    dynamic: tuple[str, ...] = ()
+
+    def holds(self, packet: Packet) -> bool:
+        """True when every field that says something agrees with the packet."""
+        if self.loopback is not None and self.loopback != (packet.interface == "lo"):
+            return False
+        if self.source is not None and (packet.version, packet.source) not in self.source:
+            return False
+        if self.destination is not None and (
+            packet.destination is None or (packet.version, packet.destination) not in self.destination
+        ):
+            return False
+        if self.states is not None and packet.state not in self.states:
+            return False
+        if self.icmp is not None and not self._is_icmp(packet):
+            return False
+        return self.ports is None or any(_to_ports(p, packet) for p in self.ports)
+
+    def _is_icmp(self, packet: Packet) -> bool:
+        assert self.icmp is not None
+        version, types = self.icmp
+        protocol = PROTOCOLS["icmp" if version == 4 else "icmpv6"]
+        return packet.version == version and packet.protocol == protocol and packet.icmp_type in types
+
+
+def _to_ports(ports: Ports, packet: Packet) -> bool:
+    return packet.protocol == PROTOCOLS[ports.protocol] and (not ports.ranges or covers(ports.ranges, packet.port))
+
+
+def clauses(policy: Resolved) -> tuple[Clause, ...]:
+    """The whole meaning of a policy, in order; the last clause holds for every packet."""
+    early = [s for s in policy.services if s.early]
+    late = [s for s in policy.services if not s.early]
+    return (
+        Clause("accept", "the loopback interface is open", loopback=True),
+        Clause("drop", "a loopback address may not come from outside", source=_LOOPBACK),
+        Clause("drop", "a loopback address may not be reached from outside", destination=_LOOPBACK),
+        *_block(policy),
+        *_trust(policy),
+        Clause("drop", "connection tracking finds the packet invalid", states=frozenset(("invalid",))),
+        *(c for s in early for c in _service(policy, s)),
+        Clause("accept", "it belongs to an established connection", states=frozenset(("established", "related"))),
+        *(c for s in late for c in _service(policy, s)),
+        *_icmp(),
+        Clause("drop", "no service covers it"),
+    )
+
+
+def _block(policy: Resolved) -> Iterator[Clause]:
+    if policy.block is None:
+        return
+    blocked = policy.addresses(policy.block.groups) - policy.addresses(policy.block.excepted)
+    yield Clause("drop", "the block list has the source", at=policy.block.at, source=blocked, groups=policy.block.groups)
+
+
+def _trust(policy: Resolved) -> Iterator[Clause]:
+    for name in policy.trust:
+        group = policy.groups[name]
+        dynamic = (name,) if group.dynamic else ()
+        yield Clause("accept", "the source is trusted", at=policy.trust_at, source=group.addresses, groups=(name,), dynamic=dynamic)
+
+
+def _service(policy: Resolved, service: ResolvedService) -> Iterator[Clause]:
+    name, at = service.name, service.at
+    if service.groups is None:
+        what = f"{name} is open to anywhere" + (f" ({service.expose})" if service.expose else "")
+        yield Clause("accept", what, name, at, ports=service.ports)
+        return
+    for group in service.groups:
+        known = policy.groups[group]
+        dynamic = (group,) if known.dynamic else ()
+        yield Clause("accept", f"{name} names the source", name, at, source=known.addresses, ports=service.ports, groups=(group,), dynamic=dynamic)
+    yield Clause("drop", f"{name} does not name the source: it is in none of {', '.join(service.groups)}", name, at, ports=service.ports)
+
+
+def _icmp() -> Iterator[Clause]:
+    for version, (plain, limited) in _ICMP.items():
+        family = "ICMP" if version == 4 else "ICMPv6"
+        yield Clause("accept", f"an {family} type that a host needs", icmp=(version, plain))
+        yield Clause("accept", "ping is answered, at a limited rate", icmp=(version, limited))
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Why one packet is accepted or dropped."""
+
+    verdict: str
+    service: str | None
+    reason: str
+    at: Position | None
+    steps: tuple[str, ...]
+
+
+def explain(policy: Resolved, packet: Packet) -> Explanation:
+    """Decide one packet and say why: the clause that decides, and where the source's address comes from."""
+    source = address_text(packet.version, packet.source)
+    steps = [f"{source} -> {_target(packet)}, {packet.state}, in {packet.interface}"]
+    steps += _spared(policy, packet, source)
+    decided = next(c for c in clauses(policy) if c.holds(packet))
+    reason = decided.reason
+    for name in decided.groups:
+        at = policy.groups[name].where(packet.version, packet.source)
+        if at is not None:
+            reason = f"{reason}: {source} is in {name} ({_entry(policy, name, packet)}, {at})"
+            break
+    open_to = sorted({g for c in clauses(policy) if c.service == decided.service and c.service for g in c.dynamic})
+    if decided.verdict == "drop" and open_to:
+        steps.append(f"dynamic members of {', '.join(open_to)} would be accepted; only the running host knows them")
+    steps.append(f"{decided.verdict}: {reason}")
+    return Explanation(decided.verdict, decided.service, reason, decided.at, tuple(steps))
+
+
+def _spared(policy: Resolved, packet: Packet, source: str) -> Iterator[str]:
+    """A source that the block list has and an exception spares deserves a word."""
+    if policy.block is None:
+        return
+    for blocked in policy.block.groups:
+        at = policy.groups[blocked].where(packet.version, packet.source)
+        for name in policy.block.excepted if at else ():
+            if (packet.version, packet.source) in policy.groups[name].addresses:
+                yield f"the block list has {source} ({at}), but {name} is never blocked"
+                return
+
+
+def _entry(policy: Resolved, group: str, packet: Packet) -> str:
+    """The range that covers the source, in canonical form."""
+    for span in policy.groups[group].addresses.family(packet.version):
+        if span[0] <= packet.source <= span[1]:
+            return range_text(packet.version, span)
+    return address_text(packet.version, packet.source)
+
+
+def _target(packet: Packet) -> str:
+    to = f"{packet.protocol_name}/{port_text((packet.port, packet.port))}" if packet.port else packet.protocol_name
+    return to if packet.destination is None else f"{address_text(packet.version, packet.destination)} {to}"

@@ -1,0 +1,181 @@
+"""Runs a neutral ruleset for whole classes of sources at once: every other field of the packet is one point.
+
+Limits are taken as not exhausted. A rule with an unknown match decides nothing for sure; what it might accept or
+drop is kept apart as `uncertain`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from fwcompiler.addresses import Ranges, covers
+from fwcompiler.ports import PROTOCOLS
+from fwcompiler.proof.atoms import Atoms
+from fwcompiler.ruleset import (
+    AddressSet,
+    Chain,
+    Family,
+    Final,
+    Goto,
+    InRanges,
+    InSet,
+    Interface,
+    Jump,
+    Limit,
+    Match,
+    PortIn,
+    ProtocolIs,
+    Rule,
+    Ruleset,
+    State,
+    StateIn,
+    TypeIn,
+    Unknown,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """Everything about a packet but its source. `destination` None: an address of this host, not loopback."""
+
+    protocol: int
+    port: int = 0
+    icmp_type: int = 0
+    state: State = "new"
+    interface: str = "eth0"
+    destination: tuple[int, int] | None = None
+    source_port: int = 40000
+
+
+@dataclass
+class Outcome:
+    """Which classes of sources a ruleset accepts, by the service that accepts them, and which it drops."""
+
+    accepted: dict[str, int] = field(default_factory=dict)
+    dropped: dict[str, int] = field(default_factory=dict)
+    uncertain: int = 0
+
+    def accepts(self) -> int:
+        """The mask of all classes that are accepted."""
+        total = 0
+        for mask in self.accepted.values():
+            total |= mask
+        return total
+
+
+class Program:
+    """A ruleset made ready to run over the classes of `atoms`."""
+
+    def __init__(self, ruleset: Ruleset, atoms: Atoms) -> None:
+        self._chains: Mapping[str, Chain] = {c.name: c for c in ruleset.chains}
+        self._sets: Mapping[str, AddressSet] = {s.name: s for s in ruleset.sets}
+        self._atoms = atoms
+        self._bases = sorted((c for c in ruleset.chains if c.hook), key=lambda c: c.hook.priority if c.hook else 0)
+        self._families = {version: atoms.family(version) for version in (4, 6)}
+
+    def run(self, point: Point, hook: str = "input") -> Outcome:
+        """Send all sources through the base chains of a hook; a drop in one is final, an accept goes on to the next."""
+        outcome = Outcome()
+        alive, services = self._atoms.everyone, {"": self._atoms.everyone}
+        for chain in self._bases:
+            if chain.hook is None or chain.hook.name != hook:
+                continue
+            each = Outcome()
+            left = self._chain(chain, point, alive, each, 0)
+            ending = each.accepted if chain.hook.policy == "accept" else each.dropped
+            ending[""] = ending.get("", 0) | left
+            for service, mask in each.dropped.items():
+                outcome.dropped[service] = outcome.dropped.get(service, 0) | mask
+            outcome.uncertain |= each.uncertain
+            alive, services = each.accepts(), each.accepted
+        outcome.accepted = {s: m & alive for s, m in services.items() if m & alive}
+        return outcome
+
+    def _chain(self, chain: Chain, point: Point, mask: int, outcome: Outcome, depth: int) -> int:
+        """Classes that come out at the end of the chain (or by `return`)."""
+        returned = 0
+        for rule in chain.rules:
+            if not mask:
+                break
+            taken, unsure = self._taken(rule, point, mask)
+            outcome.uncertain |= unsure
+            if not taken or rule.verdict is None:
+                continue
+            match rule.verdict:
+                case Final.ACCEPT:
+                    outcome.accepted[rule.service] = outcome.accepted.get(rule.service, 0) | taken
+                case Final.DROP | Final.REJECT:
+                    outcome.dropped[rule.service] = outcome.dropped.get(rule.service, 0) | taken
+                case Final.RETURN:
+                    returned |= taken
+                case Goto(name):
+                    returned |= self._call(name, point, taken, outcome, depth)
+                case Jump(name):
+                    mask = mask & ~taken | self._call(name, point, taken, outcome, depth)
+                    continue
+            mask &= ~taken
+        return mask | returned
+
+    def _call(self, name: str, point: Point, mask: int, outcome: Outcome, depth: int) -> int:
+        chain = self._chains.get(name)
+        if chain is None or depth > 16:
+            outcome.uncertain |= mask
+            return mask
+        return self._chain(chain, point, mask, outcome, depth + 1)
+
+    def _taken(self, rule: Rule, point: Point, mask: int) -> tuple[int, int]:
+        """Classes for which all matches hold, and classes for which an unknown match decides."""
+        unsure = False
+        for match in rule.matches:
+            if isinstance(match, Unknown):
+                unsure = True
+            else:
+                mask &= self._match(match, point)
+            if not mask:
+                return 0, 0
+        return (0, mask if rule.verdict is not None else 0) if unsure else (mask, 0)
+
+    def _match(self, match: Match, point: Point) -> int:
+        everyone = self._atoms.everyone
+        match match:
+            case InSet(side, name, version, negated):
+                known = self._sets.get(name)
+                return self._addresses(side, version, known.ranges if known else (), negated, point)
+            case InRanges(side, version, ranges, negated):
+                return self._addresses(side, version, ranges, negated, point)
+            case Family(version):
+                return self._families[version]
+            case Interface(way, name, negated):
+                return everyone if way == "in" and (point.interface == name) != negated else 0
+            case ProtocolIs(number, negated):
+                return everyone if (point.protocol == number) != negated else 0
+            case PortIn(side, protocol, (low, high), negated):
+                port = point.port if side == "destination" else point.source_port
+                return everyone if point.protocol == PROTOCOLS[protocol] and (low <= port <= high) != negated else 0
+            case StateIn(states, negated):
+                return everyone if (point.state in states) != negated else 0
+            case TypeIn(version, types):
+                protocol = PROTOCOLS["icmp" if version == 4 else "icmpv6"]
+                return self._families[version] if point.protocol == protocol and point.icmp_type in types else 0
+            case Limit():
+                return everyone
+            case Unknown():
+                return everyone
+
+    def _addresses(self, side: str, version: int, ranges: Ranges, negated: bool, point: Point) -> int:
+        family = self._families[version]
+        if side == "source":
+            mask = self._atoms.masks[version, ranges]
+            return family & ~mask if negated else mask
+        if point.destination is None:
+            return family if negated else 0
+        inside = point.destination[0] == version and covers(ranges, point.destination[1])
+        return family if inside != negated else 0
+
+
+def sets_of(ruleset: Ruleset) -> list[tuple[int, Ranges]]:
+    """Every set of source addresses that a ruleset speaks of, for `atoms.cut`."""
+    found = [(s.version, s.ranges) for s in ruleset.sets]
+    inline = (m for c in ruleset.chains for r in c.rules for m in r.matches if isinstance(m, InRanges))
+    return [*found, *((m.version, m.ranges) for m in inline), (4, ()), (6, ())]

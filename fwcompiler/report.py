@@ -1,0 +1,135 @@
+"""What commands print: text for people, and the JSON shapes whose schemas are in `schemas/`. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from fwcompiler.diagnostics import Finding
+from fwcompiler.plan import Plan
+from fwcompiler.proof.access import Access
+from fwcompiler.proof.meaning import Explanation
+from fwcompiler.resolve import Resolved
+
+Json = dict[str, Any]
+
+MAX_SOURCES = 6
+MAX_LINES = 60
+
+
+def finding_json(finding: Finding) -> Json:
+    """One finding for `check --json`."""
+    return {
+        "severity": finding.severity,
+        "code": finding.code,
+        "message": finding.message,
+        "at": str(finding.at) if finding.at else None,
+        "hint": finding.hint,
+    }
+
+
+def access_json(access: Access) -> Json:
+    """One line of access gained or lost."""
+    return {"from": access.sources(), "to": access.to, "service": access.service}
+
+
+def diff_json(plan: Plan) -> Json:
+    """The shape of `diff --json`: exact, nothing summarised but long element lists among the kernel changes."""
+    return {
+        "in_sync": plan.in_sync,
+        "gained": [access_json(a) for a in plan.access.gained],
+        "lost": [access_json(a) for a in plan.access.lost],
+        "changes": list(plan.changes()),
+    }
+
+
+def explain_json(explanation: Explanation) -> Json:
+    """The shape of `explain --json`."""
+    return {
+        "verdict": explanation.verdict,
+        "service": explanation.service,
+        "reason": explanation.reason,
+        "at": str(explanation.at) if explanation.at else None,
+    }
+
+
+def diff_text(plan: Plan, policy: Resolved | None, *, color: bool, whole: bool = False) -> str:
+    """Access gained and lost in the policy's words, then the kernel changes."""
+    if plan.in_sync:
+        return "in sync: the kernel holds exactly this policy"
+    green, red, bold, off = ("\033[32m", "\033[31m", "\033[1m", "\033[0m") if color else ("",) * 4
+    lines: list[str] = []
+    if not plan.live:
+        lines.append("nothing of fwc is loaded yet; this policy grants")
+    for title, sign, tint, parts in (("gained", "+", green, plan.access.gained), ("lost", "-", red, plan.access.lost)):
+        if parts:
+            lines.append(f"{bold}access {title}{off}")
+            lines += [f"  {tint}{sign}{off} {text}" for text in access_lines(parts, policy)]
+    if not plan.access.gained and not plan.access.lost:
+        lines.append("no new connection gains or loses access")
+    changes = plan.changes()
+    lines.append(f"{bold}kernel changes{off}")
+    shown = changes if whole else changes[:MAX_LINES]
+    lines += [f"  {line if whole else _cut(line)}" for line in shown]
+    if len(changes) > len(shown):
+        lines.append(f"  and {len(changes) - len(shown)} more lines (all of them with -v)")
+    return "\n".join(lines)
+
+
+def _cut(line: str) -> str:
+    return line if len(line) <= 200 else line[:197] + "..."
+
+
+def access_lines(parts: Iterable[Access], policy: Resolved | None) -> Iterator[str]:
+    """`carriers may reach sip udp/5060`, one line for all ports that the same sources gain at one service."""
+    together: dict[tuple[str, str | None], list[str]] = {}
+    for part in parts:
+        together.setdefault((_who(part, policy), part.service), []).append(part.to)
+    for (who, service), ports in together.items():
+        yield f"{who} may reach {service + ' ' if service else ''}{', '.join(ports)}"
+
+
+def _who(access: Access, policy: Resolved | None) -> str:
+    """Groups where the sources are whole groups, else addresses."""
+    sources = access.sources()
+    if sources == ["anywhere"]:
+        return "anywhere"
+    groups: list[str] = []
+    rest = access.addresses
+    for group in policy.groups.values() if policy else ():
+        if group.addresses and not group.addresses - access.addresses and group.addresses & rest:
+            groups.append(group.name)
+            rest = rest - group.addresses
+    if len(rest) > 0 and rest.size >= 1 << 31:
+        return " and ".join([*groups, "anywhere else that is not blocked" if groups else "anywhere that is not blocked"])
+    texts = rest.texts()
+    shown = [*groups, *texts[:MAX_SOURCES]]
+    more = f" and {len(texts) - MAX_SOURCES} more" if len(texts) > MAX_SOURCES else ""
+    inside = _inside(access, policy) if not groups else ""
+    return f"{inside}{', '.join(shown)}{more}"
+
+
+def _inside(access: Access, policy: Resolved | None) -> str:
+    """`carriers: ` where the sources all belong to one group."""
+    for group in policy.groups.values() if policy else ():
+        if not access.addresses - group.addresses:
+            return f"{group.name}: "
+    return ""
+
+
+def status_json(
+    backend: str, in_sync: bool, drift: Iterable[str], generation: Json | None, counters: Mapping[str, tuple[int, int]], members: Json
+) -> Json:
+    """The shape of `status --json`."""
+    services: dict[str, dict[str, Json]] = {}
+    for name, (packets, octets) in sorted(counters.items()):
+        service, _, verdict = name.rpartition(".")
+        services.setdefault(service, {})[verdict] = {"packets": packets, "bytes": octets}
+    return {
+        "backend": backend,
+        "in_sync": in_sync,
+        "drift": list(drift),
+        "generation": generation,
+        "counters": services,
+        "members": members,
+    }

@@ -1,0 +1,377 @@
+"""Turns a policy's names and texts into addresses and ports, and checks what only the whole can tell.
+
+Everything later stages need is in :class:`Resolved`; it refers to the policy by position only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import date
+from itertools import combinations
+
+from fwcompiler.addresses import EVERYONE, NOBODY, AddressError, Addresses, parse_entry
+from fwcompiler.catalogue import CATALOGUE, Class
+from fwcompiler.diagnostics import Position, Report, did_you_mean
+from fwcompiler.lists import AddressList, read_list
+from fwcompiler.policy import AddressEntry, Group, ListFile, Member, Policy, PolicyTest, ServiceEntry
+from fwcompiler.ports import WITH_PORTS, PortError, Ports, joined, overlap, parse_port_range, parse_ports
+from fwcompiler.ruleset import BUILT_IN
+from fwcompiler.source import Document, KeyPath
+
+RESERVED = BUILT_IN | {"anywhere", "input", "forward", "output"}
+"""Names fwc gives to its own chains, sets and counters."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedGroup:
+    """A group's fixed addresses, where each came from, and its room for dynamic members."""
+
+    name: str
+    addresses: Addresses
+    at: Position
+    lists: tuple[AddressList, ...] = ()
+    inline: tuple[tuple[int, int, int, Position], ...] = ()
+    timeout: int | None = None
+    size: int | None = None
+
+    @property
+    def dynamic(self) -> bool:
+        """True where members may come and go at run time."""
+        return self.timeout is not None
+
+    def where(self, version: int, address: int) -> Position | None:
+        """The line that brought an address into the group, in the policy or in a list file."""
+        for v, low, high, at in self.inline:
+            if v == version and low <= address <= high:
+                return at
+        for each in self.lists:
+            for v, low, high, line in each.entries:
+                if v == version and low <= address <= high:
+                    return Position(each.file, line)
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedService:
+    """A service with its ports; ``groups`` is None where it is open to anywhere."""
+
+    name: str
+    ports: tuple[Ports, ...]
+    kind: Class
+    groups: tuple[str, ...] | None
+    at: Position
+    early: bool = False
+    expose: str = ""
+
+    def port_texts(self) -> tuple[str, ...]:
+        """`udp/5060` and so on, one a range."""
+        return tuple(text for p in self.ports for text in p.texts())
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedBlock:
+    """Groups to drop first, less the groups that are never blocked."""
+
+    groups: tuple[str, ...]
+    excepted: tuple[str, ...]
+    at: Position
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedTest:
+    """An expectation with its addresses and ports; ``source`` as the policy spells it."""
+
+    source: str
+    addresses: Addresses
+    ports: Ports
+    expect: str
+    state: str
+    at: Position
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A whole policy for one host, names resolved."""
+
+    name: str
+    groups: Mapping[str, ResolvedGroup]
+    services: tuple[ResolvedService, ...]
+    trust: tuple[str, ...] = ()
+    trust_at: Position | None = None
+    block: ResolvedBlock | None = None
+    tests: tuple[ResolvedTest, ...] = ()
+
+    def addresses(self, groups: Iterable[str]) -> Addresses:
+        """The fixed addresses of several groups together."""
+        total = NOBODY
+        for name in groups:
+            total = total | self.groups[name].addresses
+        return total
+
+
+def resolve(policy: Policy, document: Document, report: Report, *, today: date) -> Resolved:
+    """Resolve a validated policy; errors and warnings go to the report, the caller stops on errors.
+
+    ``today`` decides about list lines that expire.
+    """
+    stage = _Stage(policy, document, report, today)
+    groups = {name: stage.group(name, form) for name, form in policy.groups.items()}
+    services = tuple(s for name, entry in policy.services.items() if (s := stage.service(name, entry)))
+    _refuse_overlaps(services, report)
+    trust = stage.known_groups(policy.trust, ("trust",))
+    block = stage.block(services)
+    tests = tuple(t for i, test in enumerate(policy.tests) if (t := stage.test(test, ("tests", i), groups)))
+    at = document.locate(("trust",), key=True) if trust else None
+    resolved = Resolved(policy.name, groups, services, trust, at, block, tests)
+    if not report.failed:
+        _warn_unused(resolved, report)
+        _warn_swallowed(resolved, report)
+    return resolved
+
+
+_DURATION = re.compile(r"([0-9]+)([smhdw])")
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+
+
+def seconds(text: str) -> int:
+    """`90s`, `1h30m`, `7d` in seconds; the form was checked by the model."""
+    return sum(int(n) * _SECONDS[unit] for n, unit in _DURATION.findall(text))
+
+
+class _Stage:
+    """The inputs every part of the stage needs."""
+
+    def __init__(self, policy: Policy, document: Document, report: Report, today: date) -> None:
+        self.policy, self.document, self.report, self.today = policy, document, report, today
+
+    def group(self, name: str, form: list[Member] | Group) -> ResolvedGroup:
+        """One group; a broken one comes back empty, its errors reported."""
+        path: KeyPath = ("groups", name)
+        at = self.document.locate(path, key=True)
+        self._check_name(name, at)
+        group = form if isinstance(form, Group) else Group(members=form)
+        errors = sum(f.is_error for f in self.report.findings)
+        lists: list[AddressList] = []
+        inline: list[tuple[int, int, int, Position]] = []
+        for i, member in enumerate(group.members):
+            where = self._member_at(path, i)
+            if isinstance(member, ListFile):
+                found = read_list(member, where, self.today, self.report)
+                lists.extend([found] if found else [])
+            else:
+                self._inline(member, where, inline)
+        addresses = Addresses.of(((a, b) for v, a, b, _ in inline if v == 4), ((a, b) for v, a, b, _ in inline if v == 6))
+        for each in lists:
+            addresses = addresses | each.addresses
+        failed = sum(f.is_error for f in self.report.findings) > errors
+        if not addresses and not group.dynamic and not failed:
+            self.report.error("empty-group", f"group `{name}` has no address", at, "an empty group is never read as everyone")
+        timeout = self._timeout(group, path)
+        size = group.dynamic.max if group.dynamic else None
+        return ResolvedGroup(name, addresses, at, tuple(lists), tuple(inline), timeout, size)
+
+    def _member_at(self, path: KeyPath, index: int) -> Position:
+        for candidate in ((*path, "members", index), (*path, index)):
+            if candidate in self.document.values:
+                return self.document.values[candidate]
+        return self.document.locate(path)
+
+    def _timeout(self, group: Group, path: KeyPath) -> int | None:
+        if group.dynamic is None:
+            return None
+        value = seconds(group.dynamic.timeout)
+        if not 1 <= value <= 365 * 86400:
+            at = self.document.locate((*path, "dynamic", "timeout"))
+            self.report.error("value", "a timeout lies between one second and one year", at)
+        return value
+
+    def _inline(self, member: str | AddressEntry, at: Position, out: list[tuple[int, int, int, Position]]) -> None:
+        text, allow = (member.address, tuple(member.allow)) if isinstance(member, AddressEntry) else (member, ())
+        if text in self.policy.groups:
+            self.report.error("address-name", f"`{text}` is a group, and groups hold addresses only", at, "name both groups at the service")
+            return
+        try:
+            entry = parse_entry(text.strip(), allow)
+        except AddressError as error:
+            hint = error.hint
+            if error.code == "address-everyone" and isinstance(member, str):
+                hint = f"write `from: anywhere` at the service, or {{address: {text}, allow: [everyone]}} if it is meant"
+            elif error.code in ("address-loopback", "address-multicast") and isinstance(member, str):
+                hint = f"write {{address: {text}, allow: [{error.code.removeprefix('address-')}]}} if it is meant"
+            self.report.error(error.code, error.message, at, hint)
+            return
+        if entry.masked:
+            self.report.warn("host-bits", f"`{text}` has host bits set, read as {entry.masked}", at)
+        out.append((entry.version, *entry.span, at))
+
+    def _check_name(self, name: str, at: Position) -> None:
+        if name in RESERVED:
+            self.report.error("name", f"`{name}` is a name that fwc uses itself", at, "choose another one")
+
+    def known_groups(self, names: Iterable[str], path: KeyPath) -> tuple[str, ...]:
+        """The names that are groups; others are reported at their place."""
+        good: list[str] = []
+        for i, name in enumerate(names):
+            at = self.document.locate((*path, i))
+            if name in self.policy.groups:
+                good.append(name)
+            elif name == "anywhere":
+                self.report.error("group-unknown", "`anywhere` stands alone: it cannot be one of several groups", at, "from: anywhere")
+            else:
+                hint = did_you_mean(name, self.policy.groups) or (
+                    "addresses are listed in a group, and the group is named here" if any(c in name for c in ".:/") else ""
+                )
+                self.report.error("group-unknown", f"there is no group `{name}`", at, hint)
+        return tuple(dict.fromkeys(good))
+
+    def service(self, name: str, entry: ServiceEntry) -> ResolvedService | None:
+        """One service, or None where it is closed or broken."""
+        path: KeyPath = ("services", name)
+        at = self.document.locate(path, key=True)
+        self._check_name(name, at)
+        known = CATALOGUE.get(name)
+        errors = len(self.report.findings)
+        ports = self._ports(entry, path, name)
+        groups = None if isinstance(entry.from_, str) else self.known_groups(entry.from_, (*path, "from"))
+        kind: Class = known.kind if known else "public" if groups is None else "restricted"
+        if groups is None and kind != "public" and not entry.expose:
+            where = self.document.locate((*path, "from"))
+            hint = 'name the groups that need it; `expose: "reason"` overrides this and shows in every check'
+            self.report.error("anywhere", f"`{name}` is {_CLASS_WORDS[kind]}, it cannot be open to anywhere", where, hint)
+        if entry.expose and (groups is not None or kind == "public"):
+            self.report.warn("value", f"`expose` changes nothing at `{name}`", self.document.locate((*path, "expose"), key=True))
+        if self._is_closed(name, entry, path) or not ports or any(f.is_error for f in self.report.findings[errors:]):
+            return None
+        early = groups is not None and not (known and known.asks)
+        return ResolvedService(name, ports, kind, groups, at, early, entry.expose or "")
+
+    def _is_closed(self, name: str, entry: ServiceEntry, path: KeyPath) -> bool:
+        if entry.redirect is None:
+            return False
+        at = self.document.locate((*path, "redirect"))
+        if name != "http":
+            self.report.error("value", "`redirect` belongs to the service `http` only", at)
+        elif entry.redirect == "responder":
+            self.report.error("not-yet", "`redirect: responder` is not compiled by this version", at, "web-server or closed")
+        return entry.redirect == "closed"
+
+    def _ports(self, entry: ServiceEntry, path: KeyPath, name: str) -> tuple[Ports, ...]:
+        known = CATALOGUE.get(name)
+        if entry.ports is None:
+            if known is None:
+                hint = did_you_mean(name, CATALOGUE) or f"ports: [tcp/{9100}] makes it a service of your own"
+                self.report.error("service-ports", f"`{name}` is not in the catalogue and names no ports", self._key(path), hint)
+                return ()
+            return known.ports
+        items = entry.ports if isinstance(entry.ports, list) else [entry.ports]
+        found: list[Ports] = []
+        for i, item in enumerate(items):
+            at = self.document.locate((*path, "ports", i) if isinstance(entry.ports, list) else (*path, "ports"))
+            try:
+                found.extend(self._port_item(str(item), known.ports if known else ()))
+            except PortError as error:
+                self.report.error(error.code, error.message, at, error.hint)
+        return joined(found)
+
+    def _port_item(self, text: str, standard: tuple[Ports, ...]) -> list[Ports]:
+        """`udp/5080`, or `5080` alone where the catalogue knows the protocol."""
+        if "/" in text or not text[:1].isdigit():
+            return [parse_ports(text)]
+        protocols = sorted({p.protocol for p in standard if p.protocol in WITH_PORTS})
+        if not protocols:
+            parse_port_range(text)
+            raise PortError("port", f"`{text}` does not say which protocol", f"write tcp/{text} or udp/{text}")
+        span = parse_port_range(text)
+        return [Ports(protocol, (span,)) for protocol in protocols]
+
+    def _key(self, path: KeyPath) -> Position:
+        return self.document.locate(path, key=True)
+
+    def block(self, services: tuple[ResolvedService, ...]) -> ResolvedBlock | None:
+        """The block list with its exceptions: by default every group that a service names."""
+        block = self.policy.block
+        if block is None:
+            return None
+        names = self.known_groups(block.from_, ("block", "from"))
+        if block.except_ is not None:
+            excepted = self.known_groups(block.except_, ("block", "except"))
+        else:
+            excepted = tuple(dict.fromkeys(g for s in services for g in s.groups or ()))
+        return ResolvedBlock(names, excepted, self._key(("block",)))
+
+    def test(self, test: PolicyTest, path: KeyPath, groups: Mapping[str, ResolvedGroup]) -> ResolvedTest | None:
+        """One expectation, or None after an error."""
+        sources = [test.from_] if isinstance(test.from_, str) else test.from_
+        addresses = NOBODY
+        try:
+            for source in sources:
+                addresses = addresses | self._test_source(source, groups)
+            ports = parse_ports(test.to)
+        except AddressError as error:
+            self.report.error(error.code, error.message, self.document.locate((*path, "from")), error.hint)
+            return None
+        except PortError as error:
+            self.report.error(error.code, error.message, self.document.locate((*path, "to")), error.hint)
+            return None
+        if not addresses and not self.report.failed:
+            self.report.error("policy-test", f"`{', '.join(sources)}` has no fixed address to test", self.document.locate((*path, "from")))
+        return ResolvedTest(", ".join(sources), addresses, ports, test.expect, test.state, self.document.locate(path))
+
+    def _test_source(self, source: str, groups: Mapping[str, ResolvedGroup]) -> Addresses:
+        if source == "anywhere":
+            return EVERYONE
+        if source in groups:
+            return groups[source].addresses
+        try:
+            entry = parse_entry(source, ("everyone", "loopback", "multicast"))
+        except AddressError as error:
+            hint = did_you_mean(source, groups)
+            raise AddressError(error.code, f"`{source}` is neither a group nor an address", hint or error.hint) from None
+        return Addresses.of(*(([entry.span], []) if entry.version == 4 else ([], [entry.span])))
+
+
+_CLASS_WORDS: dict[Class, str] = {
+    "public": "public",
+    "restricted": "a restricted service",
+    "cluster": "for the cluster only",
+    "admin": "for administrators only",
+    "loopback": "for the host itself only",
+}
+
+
+def _refuse_overlaps(services: tuple[ResolvedService, ...], report: Report) -> None:
+    for first, second in combinations(services, 2):
+        common = [c for a in first.ports for b in second.ports if (c := overlap(a, b))]
+        if common:
+            texts = ", ".join(t for c in common for t in c.texts())
+            report.error(
+                "duplicate-service",
+                f"`{second.name}` and `{first.name}` (line {first.at.line}) both claim {texts}",
+                second.at,
+                "a port belongs to one service: change `ports` of one of them",
+            )
+
+
+def _warn_unused(resolved: Resolved, report: Report) -> None:
+    used = set(resolved.trust) | {g for s in resolved.services for g in s.groups or ()}
+    if resolved.block:
+        used |= set(resolved.block.groups) | set(resolved.block.excepted)
+    for group in resolved.groups.values():
+        if group.name not in used:
+            report.warn("group-unused", f"nothing names the group `{group.name}`", group.at)
+
+
+def _warn_swallowed(resolved: Resolved, report: Report) -> None:
+    """A trusted group is not excepted from the block list by itself; losing all of it is rarely meant."""
+    if not resolved.block:
+        return
+    blocked = resolved.addresses(resolved.block.groups) - resolved.addresses(resolved.block.excepted)
+    named = dict.fromkeys((*resolved.trust, *(g for s in resolved.services for g in s.groups or ())))
+    for name in named:
+        group = resolved.groups[name]
+        lost = group.addresses & blocked
+        if lost:
+            what = "every address" if not group.addresses - blocked else ", ".join(lost.texts()[:3]) + (" …" if len(lost) > 3 else "")
+            report.warn("swallowed", f"the block list drops {what} of `{name}`", resolved.block.at, f"add `{name}` to `except`")

@@ -1,0 +1,76 @@
+"""Runs a policy's own `tests` against its meaning: every address and port of a test, not a sample."""
+
+from __future__ import annotations
+
+from fwcompiler.addresses import Addresses, Ranges, intersect, subtract
+from fwcompiler.diagnostics import Report
+from fwcompiler.ports import PROTOCOLS, Ports, port_text
+from fwcompiler.proof.fields import ECHO_REQUEST
+from fwcompiler.proof.meaning import Clause, clauses
+from fwcompiler.resolve import Resolved, ResolvedTest
+
+Piece = tuple[Ranges, Addresses]
+"""Ports and sources that go through the same clauses so far."""
+
+
+def run_tests(policy: Resolved, report: Report) -> None:
+    """Report every test that the policy does not meet, with an example of what happens instead."""
+    meaning = clauses(policy)
+    for test in policy.tests:
+        wrong = next((p for p in _decide(test, meaning) if p[0].verdict != test.expect), None)
+        if wrong is not None:
+            clause, (ports, sources) = wrong
+            what = f"{sources.texts()[0]} to {_to(test.ports, ports)} is {_PAST[clause.verdict]}: {clause.reason}"
+            report.error("policy-test", f"expected {test.expect} from {test.source} to {test.ports}, but {what}", test.at)
+
+
+_PAST = {"accept": "accepted", "drop": "dropped"}
+
+
+def _to(ports: Ports, ranges: Ranges) -> str:
+    return f"{ports.protocol}/{port_text(ranges[0])}" if ports.ranges else ports.protocol
+
+
+def _decide(test: ResolvedTest, meaning: tuple[Clause, ...]) -> list[tuple[Clause, Piece]]:
+    """All packets of a test with the clauses that decide them."""
+    left: list[Piece] = [(test.ports.ranges or ((0, 0),), test.addresses)]
+    decided: list[tuple[Clause, Piece]] = []
+    for clause in meaning:
+        rest: list[Piece] = []
+        for ports, sources in left:
+            taken_ports, taken_sources = _taken(clause, test, ports, sources)
+            if not taken_ports or not taken_sources:
+                rest.append((ports, sources))
+                continue
+            decided.append((clause, (taken_ports, taken_sources)))
+            rest += [(subtract(ports, taken_ports), sources), (taken_ports, sources - taken_sources)]
+        left = [(ports, sources) for ports, sources in rest if ports and sources]
+    return decided
+
+
+def _taken(clause: Clause, test: ResolvedTest, ports: Ranges, sources: Addresses) -> Piece:
+    """The part of a piece for which a clause holds; packets come in from outside, to an address of this host."""
+    if clause.loopback or clause.destination is not None:
+        return (), sources
+    if clause.states is not None and test.state not in clause.states:
+        return (), sources
+    if clause.source is not None:
+        sources = sources & clause.source
+    if clause.icmp is not None:
+        return _icmp(clause, test, ports, sources)
+    if clause.ports is not None:
+        same = [p for p in clause.ports if PROTOCOLS[p.protocol] == PROTOCOLS[test.ports.protocol]]
+        if not same:
+            return (), sources
+        ports = intersect(ports, same[0].ranges) if same[0].ranges else ports
+    return ports, sources
+
+
+def _icmp(clause: Clause, test: ResolvedTest, ports: Ranges, sources: Addresses) -> Piece:
+    """`icmp` in a test means an echo request; each family has its own."""
+    assert clause.icmp is not None
+    version, types = clause.icmp
+    protocol = PROTOCOLS["icmp" if version == 4 else "icmpv6"]
+    if test.ports.protocol not in ("icmp", "icmpv6") or ECHO_REQUEST[protocol] not in types:
+        return (), sources
+    return ports, sources.only(version)
