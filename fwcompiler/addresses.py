@@ -30,8 +30,7 @@ def merged(ranges: Iterable[Range]) -> Ranges:
     first, last = -1, -2
     for low, high in sorted(ranges):
         if low <= last + 1:
-            if high > last:
-                last = high
+            last = max(last, high)
         else:
             if last >= 0:
                 out.append((first, last))
@@ -299,7 +298,9 @@ def _parse_range(text: str) -> Entry:
     if va != vb:
         raise AddressError("address-family", f"`{text}` starts in one family and ends in the other")
     if high < low:
-        raise AddressError("range-order", f"range ends ({right.strip()}) before it starts ({left.strip()})", "write the lower address first")
+        raise AddressError(
+            "range-order", f"range ends ({right.strip()}) before it starts ({left.strip()})", "write the lower address first"
+        )
     return Entry(va, (low, high))
 
 

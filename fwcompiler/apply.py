@@ -9,7 +9,7 @@ from pathlib import Path
 from fwcompiler.backend import Backend
 from fwcompiler.diagnostics import HostRefused, RolledBack
 from fwcompiler.kernel import netns, runner
-from fwcompiler.pipeline import Compiled, NormalForm, observe
+from fwcompiler.pipeline import Compiled, Host, NormalForm, list_sizes, observe
 from fwcompiler.plan import Plan, make_plan
 from fwcompiler.ruleset import Ruleset
 from fwcompiler.state import Generation, Record, StateDir
@@ -23,29 +23,27 @@ class Applied:
     changed: bool
 
 
-def apply(
-    compiled: Compiled, plan: Plan, wanted: NormalForm, backend: Backend, namespace: netns.Namespace, state: StateDir
-) -> Applied:
+def apply(compiled: Compiled, plan: Plan, wanted: NormalForm, host: Host) -> Applied:
     """Commit a plan. The caller holds the state's lock.
 
     Raises:
         HostRefused: the state directory or the kernel refused; nothing was changed.
         RolledBack: the kernel took it, but lists something else than was wanted; the old rules are back.
     """
-    record = _record(compiled, wanted, backend)
-    current = state.current()
+    record = _record(compiled, wanted, host.backend)
+    current = host.state.current()
     if plan.in_sync and current is not None and current.fingerprint == record.fingerprint():
         return Applied(current, False)
-    pending = state.prepare(record)
+    pending = host.state.prepare(record)
     try:
         if not plan.in_sync:
-            with namespace.entered():
+            with host.namespace.entered():
                 runner.execute(plan.steps)
-            _verify(plan, backend, namespace)
+            _verify(plan, host)
     except BaseException:
-        state.discard(pending)
+        host.state.discard(pending)
         raise
-    return Applied(state.commit(pending), not plan.in_sync)
+    return Applied(host.state.commit(pending), not plan.in_sync)
 
 
 def _record(compiled: Compiled, wanted: NormalForm, backend: Backend) -> Record:
@@ -58,22 +56,24 @@ def _record(compiled: Compiled, wanted: NormalForm, backend: Backend) -> Record:
     empty = replace(compiled.ruleset, sets=tuple(replace(s, ranges=()) for s in compiled.ruleset.sets))
     rendered = backend.render(empty).files
     policy = str(Path(compiled.path).resolve())
-    return Record(backend.name, policy, compiled.policy.name, sources, rendered, wanted.listing, wanted.ruleset)
+    return Record(
+        backend.name, policy, compiled.policy.name, sources, rendered, wanted.listing, wanted.ruleset, list_sizes(compiled.resolved)
+    )
 
 
-def _verify(plan: Plan, backend: Backend, namespace: netns.Namespace) -> None:
+def _verify(plan: Plan, host: Host) -> None:
     """Read the live rules back; where they are not what was wanted, put back what was there before."""
-    after = observe(backend, namespace, {s.name: s.ranges for s in plan.wanted.sets})
-    if make_plan(backend, after, plan.wanted).in_sync:
+    after = observe(host, {s.name: s.ranges for s in plan.wanted.sets})
+    if make_plan(host.backend, after, plan.wanted).in_sync:
         return
-    put_back(after, plan.live, backend, namespace)
+    put_back(after, plan.live, host)
     raise RolledBack("the kernel lists other rules than were sent; the previous ruleset was restored")
 
 
-def put_back(now: Ruleset, before: Ruleset, backend: Backend, namespace: netns.Namespace) -> None:
+def put_back(now: Ruleset, before: Ruleset, host: Host) -> None:
     """Return from `now` to `before`, both as observed."""
-    steps = make_plan(backend, now, before).steps if before else tuple(backend.remove(now))
-    with namespace.entered():
+    steps = make_plan(host.backend, now, before).steps if before else tuple(host.backend.remove(now))
+    with host.namespace.entered():
         runner.execute(steps)
 
 

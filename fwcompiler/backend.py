@@ -20,11 +20,16 @@ SetKind = Literal["nft", "ipset"]
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """One program to run. `missing_ok`: a failure that only says "there is nothing" is an empty answer."""
+    """One program to run.
+
+    `missing_ok`: a failure that only says "there is nothing" is an empty answer. `otherwise`: run that when this
+    fails. `origins`: by line of `stdin`, the policy line that a refusal of it points to.
+    """
 
     argv: tuple[str, ...]
     stdin: str = ""
     missing_ok: bool = False
+    otherwise: Command | None = None
     origins: Mapping[int, Position] = field(default_factory=dict, compare=False, hash=False)
 
 
@@ -86,8 +91,11 @@ class Backend(Protocol):
     def load(self, ruleset: Ruleset) -> Sequence[Step]:
         """Steps from nothing of ours to the whole ruleset."""
 
-    def listing(self) -> Sequence[Command]:
-        """Commands whose outputs, in this order, `parse` takes. They list what is ours, without set contents."""
+    def listing(self, *, big: bool = False) -> Sequence[Command]:
+        """Commands whose outputs, in this order, `parse` takes. They list what is ours, without set contents.
+
+        `big`: our sets are known to be large, so a way that does not read them is worth its price.
+        """
 
     def parse(self, outputs: Sequence[str]) -> Ruleset:
         """The ruleset a kernel holds; what is not modelled becomes `Unknown`. Static sets come without content.

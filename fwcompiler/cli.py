@@ -5,6 +5,7 @@ Commands themselves are in `fwcompiler.commands`; this module imports them, and 
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 
@@ -24,6 +25,8 @@ def run(arguments: list[str]) -> int:
     if arguments == ["--version"]:
         print(f"fwc {__version__}")
         return 0
+    # Nothing here lives long enough for cycles to matter, and collecting over 100,000 addresses takes time.
+    gc.disable()
     try:
         code = _dispatch(common_first(arguments))
         sys.stdout.flush()

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fwcompiler import __version__
-from fwcompiler.diagnostics import EXIT_DIFFERS, EXIT_OK, Failure, Finding, HostRefused, PolicyRejected, UsageError, format_findings
+from fwcompiler.diagnostics import EXIT_DIFFERS, EXIT_OK, Failure, Finding, HostRefused, UsageError, format_findings
 
 if TYPE_CHECKING:
     from fwcompiler.backend import Backend
     from fwcompiler.kernel.netns import Namespace
-    from fwcompiler.pipeline import Compiled
+    from fwcompiler.pipeline import Compiled, Host
     from fwcompiler.plan import Plan
+    from fwcompiler.shapes import BackendShape
     from fwcompiler.state import StateDir
 
 app = typer.Typer(
@@ -149,12 +150,11 @@ def diff(
     if against != "live":
         raise UsageError(f"cannot compare against `{against}`", hint="this version compares with the live rules: --against live")
     options: Options = context.obj
-    compiled = _compile(policy, options)
-    backend = _backend(options)
-    with _target(options) as namespace:
-        from fwcompiler.pipeline import plan
+    from fwcompiler.pipeline import plan
 
-        planned, _ = plan(compiled, backend, namespace, _state(options))
+    compiled = _compile(policy, options)
+    with _host(options) as host:
+        planned, _ = plan(compiled, host)
     _show_plan(planned, compiled, options)
     return EXIT_OK if planned.in_sync else EXIT_DIFFERS
 
@@ -172,27 +172,25 @@ def apply(
 
     options: Options = context.obj
     compiled = _compile(policy, options)
-    backend = _backend(options)
-    state = _state(options)
-    with _target(options) as namespace:
+    with _host(options) as host:
         if dry_run:
-            planned, _ = plan(compiled, backend, namespace, state)
+            planned, _ = plan(compiled, host)
             _show_plan(planned, compiled, options)
             return EXIT_OK if planned.in_sync else EXIT_DIFFERS
-        with state.lock():
-            planned, wanted = plan(compiled, backend, namespace, state)
+        with host.state.lock():
+            planned, wanted = plan(compiled, host)
             if not planned.in_sync:
                 if not options.json:
                     _show_plan(planned, compiled, options)
                 _ask(yes)
-            applied = stage.apply(compiled, planned, wanted, backend, namespace, state)
+            applied = stage.apply(compiled, planned, wanted, host)
     if options.json:
         from fwcompiler.report import diff_json
 
         _print_json({**diff_json(planned), "applied": applied.changed, "generation": applied.generation.number})
     elif not options.quiet:
         what = "applied" if applied.changed else "in sync"
-        print(f"{what}: generation {applied.generation.number} ({backend.name})")
+        print(f"{what}: generation {applied.generation.number} ({host.backend.name})")
     return EXIT_OK
 
 
@@ -212,8 +210,8 @@ def status(context: typer.Context) -> int:
     from fwcompiler.status import read_status, status_text
 
     options: Options = context.obj
-    with _target(options) as namespace:
-        found = read_status(_backend(options), namespace, _state(options))
+    with _host(options) as host:
+        found = read_status(host)
     if options.json:
         _print_json(found)
     else:
@@ -295,7 +293,7 @@ def backends(context: typer.Context) -> int:
     from fwcompiler.registry import installed, load, origin
 
     options: Options = context.obj
-    rows = []
+    rows: list[BackendShape] = []
     for name, point in installed().items():
         try:
             missing = [p for p in load(name).programs if find(p) is None]
@@ -306,7 +304,7 @@ def backends(context: typer.Context) -> int:
         _print_json({"backends": rows})
         return EXIT_OK
     for row in rows:
-        state = "usable" if row["usable"] else row["error"] or f"missing: {', '.join(map(str, row['missing']))}"
+        state = "usable" if row["usable"] else row["error"] or f"missing: {', '.join(row['missing'])}"
         print(f"{row['name']:<16} {state:<24} {row['from']}")
     return EXIT_OK
 
@@ -335,10 +333,18 @@ def _compile(path: str, options: Options) -> Compiled:
 
 
 def _backend(options: Options) -> Backend:
+    with _host(options) as host:
+        return host.backend
+
+
+@contextmanager
+def _host(options: Options) -> Iterator[Host]:
     from fwcompiler.choose import choose_backend
+    from fwcompiler.pipeline import Host
 
     with _target(options) as namespace:
-        return choose_backend(options.backend, namespace, _state(options))
+        state = _state(options)
+        yield Host(choose_backend(options.backend, namespace, state), namespace, state)
 
 
 @contextmanager
@@ -377,6 +383,3 @@ def _write_files(folder: Path, files: Any) -> None:
 
 def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2))
-
-
-__all__ = ["PolicyRejected", "app"]

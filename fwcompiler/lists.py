@@ -40,6 +40,7 @@ class AddressList:
     entries: tuple[Line, ...]
     addresses: Addresses
     at: Position
+    may_shrink: bool = False
 
 
 def read_list(spec: ListFile, at: Position, today: date, report: Report) -> AddressList | None:
@@ -59,7 +60,7 @@ def read_list(spec: ListFile, at: Position, today: date, report: Report) -> Addr
             report.error("empty-list", f"`{spec.file}` has no usable address", at, "an empty list is never read as everyone or as nobody")
         return None
     addresses = Addresses.of(((e[1], e[2]) for e in reader.entries if e[0] == 4), ((e[1], e[2]) for e in reader.entries if e[0] == 6))
-    return AddressList(path, tuple(reader.entries), addresses, at)
+    return AddressList(path, tuple(reader.entries), addresses, at, "shrink" in spec.allow)
 
 
 class _Reader:

@@ -7,6 +7,7 @@ whoever is taken out of a group is cut off at once; public ones after it, so tha
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import get_args
 
 from fwcompiler.addresses import LOOPBACK, Addresses
 from fwcompiler.diagnostics import Position
@@ -27,6 +28,7 @@ from fwcompiler.ruleset import (
     ProtocolIs,
     Rule,
     Ruleset,
+    Side,
     StateIn,
     TypeIn,
 )
@@ -71,8 +73,8 @@ def chain_name(service: ResolvedService) -> str:
 def _loopback() -> Iterator[Rule]:
     yield Rule((Interface("in", "lo"),), Final.ACCEPT, "loopback")
     for version in FAMILIES:
-        for side in ("source", "destination"):
-            yield Rule((InRanges(side, version, (LOOPBACK[version],)),), Final.DROP, "loopback")  # type: ignore[arg-type]
+        for side in get_args(Side):
+            yield Rule((InRanges(side, version, (LOOPBACK[version],)),), Final.DROP, "loopback")
 
 
 def _block(policy: Resolved) -> Iterator[Rule]:

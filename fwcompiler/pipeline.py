@@ -15,7 +15,8 @@ from fwcompiler.addresses import Ranges
 from fwcompiler.backend import Backend, Rendered
 from fwcompiler.diagnostics import Finding, HostRefused, PolicyRejected, Report
 from fwcompiler.include import load_merged
-from fwcompiler.kernel import netns, observe as kernel, runner
+from fwcompiler.kernel import netns, runner
+from fwcompiler.kernel import observe as kernel
 from fwcompiler.lower import lower
 from fwcompiler.plan import Plan, make_plan, with_contents
 from fwcompiler.policy import Policy, validate
@@ -41,6 +42,15 @@ class Compiled:
     def files(self) -> tuple[str, ...]:
         """The policy file and everything it includes."""
         return tuple(dict.fromkeys((self.path, *(at.file for at in self.document.values.values()))))
+
+
+@dataclass(frozen=True)
+class Host:
+    """Where a command acts: through which backend, in which namespace, with which memory."""
+
+    backend: Backend
+    namespace: netns.Namespace
+    state: StateDir
 
 
 @dataclass(frozen=True)
@@ -95,8 +105,7 @@ def normal_form(compiled: Compiled, backend: Backend) -> NormalForm:
         raise PolicyRejected(findings=render_check)
     runner.require(backend.programs)
     with netns.scratch() as scratch, scratch.entered():
-        runner.execute(backend.load(compiled.ruleset))
-        listing = runner.outputs(backend.listing())
+        listing = runner.try_out(backend.load(compiled.ruleset), backend.listing())
     listed = with_contents(backend.parse(listing), compiled.ruleset)
     difference = compare(compiled.ruleset, listed)
     if difference.gained or difference.lost:
@@ -108,34 +117,65 @@ def normal_form(compiled: Compiled, backend: Backend) -> NormalForm:
     return NormalForm(listed, listing)
 
 
-def observe(backend: Backend, namespace: netns.Namespace, remembered: Mapping[str, Ranges] | None = None) -> Ruleset:
+def observe(host: Host, known: Mapping[str, Ranges] | None = None) -> Ruleset:
     """What the kernel holds of ours, set contents and dynamic members included.
 
-    ``remembered``: contents of big sets as last applied, trusted where samples agree with the kernel.
+    ``known``: contents of big sets as last applied, trusted where samples agree with the kernel; by default those
+    of the current generation.
 
     Raises:
         HostRefused: a program is missing, or this user may not ask.
     """
+    backend = host.backend
     runner.require(backend.programs)
-    with namespace.entered():
-        listed = backend.parse(runner.outputs(backend.listing()))
-        return replace(listed, sets=tuple(kernel.fill_in(backend.set_kind, s, remembered or {}) for s in listed.sets))
+    known = remembered(host) if known is None else known
+    big = any(len(ranges) > kernel.READ_WHOLE for ranges in known.values())
+    with host.namespace.entered():
+        listed = backend.parse(runner.outputs(backend.listing(big=big)))
+        return replace(listed, sets=tuple(kernel.fill_in(backend.set_kind, s, known) for s in listed.sets))
 
 
-def plan(compiled: Compiled, backend: Backend, namespace: netns.Namespace, state: StateDir) -> tuple[Plan, NormalForm]:
+def plan(compiled: Compiled, host: Host) -> tuple[Plan, NormalForm]:
     """Everything an apply would do, with nothing done yet."""
-    wanted = normal_form(compiled, backend)
-    live = observe(backend, namespace, remembered(state, backend))
-    return make_plan(backend, live, wanted.ruleset), wanted
+    refuse_shrinking(compiled.resolved, host.state)
+    wanted = normal_form(compiled, host.backend)
+    return make_plan(host.backend, observe(host), wanted.ruleset), wanted
 
 
-def remembered(state: StateDir, backend: Backend) -> dict[str, Ranges]:
-    """Contents of big sets as the current generation loaded them."""
+def list_sizes(resolved: Resolved) -> dict[str, int]:
+    """How many addresses each list file has."""
+    return {key: each.addresses.size for key, each in resolved.lists()}
+
+
+def refuse_shrinking(resolved: Resolved, state: StateDir) -> None:
+    """A list that lost more than half since the last apply is more often a broken download than a decision.
+
+    Raises:
+        PolicyRejected: naming every such list, unless its entry says `allow: [shrink]`.
+    """
     generation = state.current()
-    if generation is None or generation.backend != backend.name:
+    if generation is None:
+        return
+    try:
+        before = state.list_sizes(generation.number)
+    except (OSError, ValueError):
+        return
+    report = Report()
+    for key, each in resolved.lists():
+        now, then = each.addresses.size, before.get(key, 0)
+        if now * 2 < then and not each.may_shrink:
+            message = f"`{each.file}` had {then} addresses at the last apply and has {now} now"
+            report.error("list-shrink", message, each.at, "if that is meant, say `allow: [shrink]` at this entry")
+    report.stop_on_error()
+
+
+def remembered(host: Host) -> dict[str, Ranges]:
+    """Contents of the static sets as the current generation loaded them."""
+    generation = host.state.current()
+    if generation is None or generation.backend != host.backend.name:
         return {}
     try:
-        return state.contents(generation.number)
+        return host.state.contents(generation.number)
     except (OSError, ValueError):
         return {}
 

@@ -34,10 +34,7 @@ class Plan:
 
 def make_plan(backend: Backend, live: Ruleset, wanted: Ruleset) -> Plan:
     """Plan the way from `live` to `wanted`; both were read from a kernel, sets with their content."""
-    if not live:
-        steps = tuple(backend.load(wanted))
-    else:
-        steps = tuple(backend.update(live, wanted, set_changes(live, wanted)))
+    steps = tuple(backend.update(live, wanted, set_changes(live, wanted)) if live else backend.load(wanted))
     access = compare(live, wanted) if steps else AccessChange((), ())
     return Plan(live, wanted, steps, access)
 

@@ -42,10 +42,10 @@ class ListFile(_Model):
     """A list file as group member: one entry a line, or a column of a CSV file, or a path into a JSON file."""
 
     file: str = Field(min_length=1, description="Path of the list, relative to the policy file that names it.")
-    column: str | None = Field(None, description="CSV and TSV: the heading of the column that holds the addresses.")
-    path: str | None = Field(None, description="JSON: where the addresses are, as in `regions[].signalling[]`.")
+    column: str | None = Field(default=None, description="CSV and TSV: the heading of the column that holds the addresses.")
+    path: str | None = Field(default=None, description="JSON: where the addresses are, as in `regions[].signalling[]`.")
     bad_lines: Literal["skip", "refuse"] = Field(
-        "skip", description="What to do with lines that are no usable address: leave them out with a warning, or refuse the policy."
+        default="skip", description="What to do with lines that are no usable address: leave them out with a warning, or refuse the policy."
     )
     allow: list[Literal["everyone", "loopback", "multicast", "shrink"]] = Field(
         default_factory=list, description="Kinds of entries that are refused otherwise; `shrink`: the list may lose more than half."
@@ -56,7 +56,7 @@ class AddressEntry(_Model):
     """One address with more to say about it."""
 
     address: str = Field(description="Address, prefix, range `a-b` or wildcard `a.b.c.x`.")
-    comment: str = Field("", description="For the reader.")
+    comment: str = Field(default="", description="For the reader.")
     allow: list[Kind] = Field(default_factory=list, description="Kinds of entries that are refused otherwise.")
 
 
@@ -79,15 +79,15 @@ Member = Annotated[
 class Dynamic(_Model):
     """Members that come and go while the host runs; they are kept over an apply."""
 
-    timeout: Duration = Field("12h", description="How long a member stays when nothing else is said: `90s`, `30m`, `12h`, `7d`.")
-    max: int = Field(4096, ge=1, le=1_000_000, description="How many members there may be at once, per address family.")
+    timeout: Duration = Field(default="12h", description="How long a member stays when nothing else is said: `90s`, `30m`, `12h`, `7d`.")
+    max: int = Field(default=4096, ge=1, le=1_000_000, description="How many members there may be at once, per address family.")
 
 
 class Group(_Model):
     """A named set of addresses, both families mixed."""
 
     members: list[Member] = Field(default_factory=list, description="Addresses and list files.")
-    dynamic: Dynamic | None = Field(None, description="Lets addresses be added and removed at run time.")
+    dynamic: Dynamic | None = Field(default=None, description="Lets addresses be added and removed at run time.")
 
 
 def _group_form(value: Any) -> str | None:
@@ -105,7 +105,7 @@ class Block(_Model):
 
     from_: list[str] = Field(alias="from", min_length=1, description="Groups to block.")
     except_: list[str] | None = Field(
-        None, alias="except", description="Groups that are never blocked; left out: every group that a service names."
+        default=None, alias="except", description="Groups that are never blocked; left out: every group that a service names."
     )
 
 
@@ -132,13 +132,13 @@ class ServiceEntry(_Model):
 
     from_: From = Field(alias="from", description="`anywhere`, or the groups that may reach it.")
     ports: PortsForm | None = Field(
-        None, description="Ports, for services of one's own and in place of the catalogue's: `[tcp/9100, udp/4000-4999]`."
+        default=None, description="Ports, for services of one's own and in place of the catalogue's: `[tcp/9100, udp/4000-4999]`."
     )
     redirect: Literal["web-server", "closed", "responder"] | None = Field(
-        None, description="http only: the web server redirects to HTTPS (default), or port 80 stays closed."
+        default=None, description="http only: the web server redirects to HTTPS (default), or port 80 stays closed."
     )
     expose: str | None = Field(
-        None, min_length=1, description="The reason why a service that is not public is open to anywhere; shown in every check."
+        default=None, min_length=1, description="The reason why a service that is not public is open to anywhere; shown in every check."
     )
 
 
@@ -148,17 +148,19 @@ class PolicyTest(_Model):
     from_: str | list[str] = Field(alias="from", description="A group, an address, a prefix, a range or `anywhere`.")
     to: str = Field(description="`udp/5060`, `tcp/10000-20000`, `vrrp`, `icmp` …")
     expect: Literal["accept", "drop"] = Field(description="The verdict for all of these packets.")
-    state: Literal["new", "established", "related", "invalid"] = Field("new", description="Connection tracking state of the packets.")
+    state: Literal["new", "established", "related", "invalid"] = Field(
+        default="new", description="Connection tracking state of the packets."
+    )
 
 
 class Policy(_Model):
     """A whole policy, after its includes were merged in."""
 
     version: Literal[1] = Field(description="Version of the policy language.")
-    name: str = Field("", max_length=200, description="What this policy is for; shown in listings.")
+    name: str = Field(default="", max_length=200, description="What this policy is for; shown in listings.")
     include: list[str] = Field(default_factory=list, description="Other policy files to merge in; this file wins over them.")
     groups: dict[Name, GroupForm] = Field(default_factory=dict, description="Named sets of addresses.")
-    block: Block | None = Field(None, description="Sources that are dropped first.")
+    block: Block | None = Field(default=None, description="Sources that are dropped first.")
     trust: list[str] = Field(default_factory=list, description="Groups whose every packet is accepted.")
     services: dict[Name, ServiceEntry] = Field(default_factory=dict, description="What this host offers, and to whom.")
     tests: list[PolicyTest] = Field(default_factory=list, description="Expectations, verified by every check, diff and apply.")
@@ -216,12 +218,17 @@ def _report_unknown_key(document: Document, report: Report, path: KeyPath) -> No
     at = document.locate(path, key=True)
     known = _keys_at(path[:-1])
     if name in NOT_YET and name not in known:
-        report.error("not-yet", f"`{name}` ({NOT_YET[name]}) is not compiled by this version", at, "take it out; nothing is ignored silently")
+        report.error(
+            "not-yet", f"`{name}` ({NOT_YET[name]}) is not compiled by this version", at, "take it out; nothing is ignored silently"
+        )
     elif name == "<<":
         report.error("unknown-key", "YAML merge keys are not part of the policy language", at, "use `include`")
     else:
         report.error(
-            "unknown-key", f"there is no key `{name}` here", at, did_you_mean(name, known) or (f"known: {', '.join(known)}" if known else "")
+            "unknown-key",
+            f"there is no key `{name}` here",
+            at,
+            did_you_mean(name, known) or (f"known: {', '.join(known)}" if known else ""),
         )
 
 

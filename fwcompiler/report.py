@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fwcompiler.diagnostics import Finding
 from fwcompiler.plan import Plan
@@ -11,16 +11,17 @@ from fwcompiler.proof.access import Access
 from fwcompiler.proof.meaning import Explanation
 from fwcompiler.resolve import Resolved
 
-Json = dict[str, Any]
+if TYPE_CHECKING:
+    from fwcompiler.shapes import AccessShape, CountShape, DiffShape, ExplainShape, FindingShape
 
 MAX_SOURCES = 6
 MAX_LINES = 60
 
 
-def finding_json(finding: Finding) -> Json:
+def finding_json(finding: Finding) -> FindingShape:
     """One finding for `check --json`."""
     return {
-        "severity": finding.severity,
+        "severity": "error" if finding.is_error else "warning",
         "code": finding.code,
         "message": finding.message,
         "at": str(finding.at) if finding.at else None,
@@ -28,12 +29,12 @@ def finding_json(finding: Finding) -> Json:
     }
 
 
-def access_json(access: Access) -> Json:
+def access_json(access: Access) -> AccessShape:
     """One line of access gained or lost."""
     return {"from": access.sources(), "to": access.to, "service": access.service}
 
 
-def diff_json(plan: Plan) -> Json:
+def diff_json(plan: Plan) -> DiffShape:
     """The shape of `diff --json`: exact, nothing summarised but long element lists among the kernel changes."""
     return {
         "in_sync": plan.in_sync,
@@ -43,7 +44,7 @@ def diff_json(plan: Plan) -> Json:
     }
 
 
-def explain_json(explanation: Explanation) -> Json:
+def explain_json(explanation: Explanation) -> ExplainShape:
     """The shape of `explain --json`."""
     return {
         "verdict": explanation.verdict,
@@ -117,19 +118,10 @@ def _inside(access: Access, policy: Resolved | None) -> str:
     return ""
 
 
-def status_json(
-    backend: str, in_sync: bool, drift: Iterable[str], generation: Json | None, counters: Mapping[str, tuple[int, int]], members: Json
-) -> Json:
-    """The shape of `status --json`."""
-    services: dict[str, dict[str, Json]] = {}
+def counters_json(counters: Mapping[str, tuple[int, int]]) -> dict[str, dict[str, CountShape]]:
+    """Counters by service and verdict."""
+    services: dict[str, dict[str, CountShape]] = {}
     for name, (packets, octets) in sorted(counters.items()):
         service, _, verdict = name.rpartition(".")
         services.setdefault(service, {})[verdict] = {"packets": packets, "bytes": octets}
-    return {
-        "backend": backend,
-        "in_sync": in_sync,
-        "drift": list(drift),
-        "generation": generation,
-        "counters": services,
-        "members": members,
-    }
+    return services

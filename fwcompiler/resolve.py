@@ -6,7 +6,7 @@ Everything later stages need is in :class:`Resolved`; it refers to the policy by
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date
 from itertools import combinations
@@ -102,6 +102,12 @@ class Resolved:
     trust_at: Position | None = None
     block: ResolvedBlock | None = None
     tests: tuple[ResolvedTest, ...] = ()
+
+    def lists(self) -> Iterator[tuple[str, AddressList]]:
+        """Every list file with a key that names it over time: its group and its path."""
+        for group in self.groups.values():
+            for each in group.lists:
+                yield f"{group.name}:{each.file}", each
 
     def addresses(self, groups: Iterable[str]) -> Addresses:
         """The fixed addresses of several groups together."""

@@ -152,7 +152,8 @@ class _Builder:
                 pass
 
     def _at(self, event: yaml.Event) -> Position:
-        return Position(self.document.file, event.start_mark.line + 1, event.start_mark.column + 1)
+        mark = event.start_mark
+        return Position(self.document.file, mark.line + 1, mark.column + 1) if mark else Position(self.document.file, 1)
 
     def _stop(self, message: str, event: yaml.Event, hint: str = "") -> None:
         self._report.error("yaml", message, self._at(event), hint)
@@ -226,7 +227,9 @@ class _Builder:
         elif _OCTAL.match(text):
             self._trap(event, f"`{text}` is octal to some YAML readers and decimal to others", "write it without leading zeros")
         elif _SEXAGESIMAL.match(text):
-            self._trap(event, f"`{text}` is a number in base 60 to some YAML readers", "a port range is written 10000-20000; quote other text")
+            self._trap(
+                event, f"`{text}` is a number in base 60 to some YAML readers", "a port range is written 10000-20000; quote other text"
+            )
         return text
 
     def _trap(self, event: yaml.ScalarEvent, message: str, hint: str) -> None:

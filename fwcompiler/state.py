@@ -17,7 +17,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from fwcompiler.addresses import Ranges
 from fwcompiler.diagnostics import HostRefused
@@ -54,6 +53,7 @@ class Record:
     rendered: Mapping[str, str]
     listing: Sequence[str]
     ruleset: Ruleset
+    lists: Mapping[str, int]
 
     def fingerprint(self) -> str:
         """The same for the same backend and rules, whatever the policy's spelling."""
@@ -148,6 +148,11 @@ class StateDir:
         data = json.loads((self._generations / str(number) / "sets.json").read_text(encoding="utf-8"))
         return {name: tuple((low, high) for low, high in ranges) for name, ranges in data.items()}
 
+    def list_sizes(self, number: int) -> dict[str, int]:
+        """How many addresses each list file had in a generation."""
+        sizes: dict[str, int] = json.loads((self._generations / str(number) / "lists.json").read_text(encoding="utf-8"))
+        return sizes
+
     def prepare(self, record: Record) -> Path:
         """Write a generation under a temporary name.
 
@@ -164,6 +169,7 @@ class StateDir:
             for name, text in record.rendered.items():
                 _write(pending / "rendered" / name, text)
             _write(pending / "listing.json", json.dumps(list(record.listing)))
+            _write(pending / "lists.json", json.dumps(dict(record.lists)))
             contents = {s.name: s.ranges for s in record.ruleset.sets if not s.dynamic}
             _write(pending / "sets.json", json.dumps(contents, separators=(",", ":")))
             _write(pending / "meta.json", json.dumps(asdict(self._describe(record)), indent=1))
@@ -218,10 +224,6 @@ def _write(path: Path, text: str) -> None:
 
 def _unwritable(path: Path, error: OSError) -> HostRefused:
     return HostRefused(
-        f"cannot write to the state directory {path}: {error.strerror}; nothing was changed", hint="run as root, or name another one with --state-dir"
+        f"cannot write to the state directory {path}: {error.strerror}; nothing was changed",
+        hint="run as root, or name another one with --state-dir",
     )
-
-
-def as_json(generation: Generation | None) -> dict[str, Any] | None:
-    """A generation for `status --json`."""
-    return None if generation is None else asdict(generation)

@@ -50,9 +50,14 @@ class Nftables:
         """One transaction; where sets are big, the sets go first: without a chain they touch no packet."""
         return self.update(Ruleset(), ruleset, ())
 
-    def listing(self) -> Sequence[Command]:
-        """Terse: a set's content is read through netlink. `missing_ok`: no table is an answer."""
-        return (Command(("nft", "-j", "-t", "list", "table", *TABLE.split()), missing_ok=True),)
+    def listing(self, *, big: bool = False) -> Sequence[Command]:
+        """Terse: a set's content is read through netlink. `missing_ok`: no table is an answer.
+
+        nft 1.0.6 fetches every element before it lists one table, terse or not; only a listing of the family does
+        without. That one may stumble over other people's newer rules, hence `otherwise`.
+        """
+        table = Command(("nft", "-j", "-t", "list", "table", *TABLE.split()), missing_ok=True)
+        return (Command(("nft", "-j", "-t", "list", "ruleset", "inet"), otherwise=table) if big else table,)
 
     def parse(self, outputs: Sequence[str]) -> Ruleset:
         """See `fwcompiler_nftables.parse`."""

@@ -39,6 +39,7 @@ from fwcompiler.ruleset import (
 
 Json = Any
 
+FAMILY, NAME = "inet", "fwc"
 _SLOT = re.compile(r"^(.*\.v[46])\.(b)$")
 
 # Names that nft 1.0 prints for ICMP types (nft describe "icmp type"; RFC 792, RFC 4443, RFC 4861, RFC 3810).
@@ -90,13 +91,15 @@ class _NotModelled(Exception):
 
 def parse_listing(text: str) -> Ruleset:
     """The table from `nft -j -t list table inet fwc`; empty text means that there is no table."""
-    objects = json.loads(text)["nftables"] if text.strip() else []
+    objects = _objects(text)
     rules: dict[str, list[Rule]] = {}
     for item in objects:
         if "rule" in item:
             rules.setdefault(item["rule"]["chain"], []).extend(_rules(item["rule"]))
     chains = tuple(
-        Chain(item["chain"]["name"], tuple(rules.get(item["chain"]["name"], ())), _hook(item["chain"])) for item in objects if "chain" in item
+        Chain(item["chain"]["name"], tuple(rules.get(item["chain"]["name"], ())), _hook(item["chain"]))
+        for item in objects
+        if "chain" in item
     )
     sets = [s for item in objects if "set" in item and (s := _set(item["set"]))]
     counters = {item["counter"]["name"] for item in objects if "counter" in item}
@@ -108,13 +111,24 @@ def parse_listing(text: str) -> Ruleset:
 
 def read_counters(text: str) -> Mapping[str, tuple[int, int]]:
     """Packets and bytes of the named counters in a listing."""
-    objects = json.loads(text)["nftables"] if text.strip() else []
+    objects = _objects(text)
     found = (item["counter"] for item in objects if "counter" in item)
     return {c["name"]: (c["packets"], c["bytes"]) for c in found}
 
 
+def _objects(text: str) -> list[Json]:
+    """What a listing says of our table; one of the whole family has other tables in it."""
+    listed = json.loads(text)["nftables"] if text.strip() else []
+    return [
+        {kind: value}
+        for item in listed
+        for kind, value in item.items()
+        if kind not in ("metainfo", "table") and value.get("table") == NAME and value.get("family") == FAMILY
+    ]
+
+
 def _is_other(kind: str, value: Json) -> bool:
-    if kind in ("metainfo", "table", "chain", "rule", "counter"):
+    if kind in ("chain", "rule", "counter"):
         return False
     return kind != "set" or _set(value) is None
 

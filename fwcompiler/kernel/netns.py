@@ -48,11 +48,6 @@ class Namespace:
             os.close(self._descriptor)
             self._descriptor = None
 
-    def identity(self) -> str:
-        """Which namespace this is, while the machine runs: device and inode (namespaces(7))."""
-        stat = os.stat(_HERE) if self._descriptor is None else os.fstat(self._descriptor)
-        return f"{stat.st_dev}:{stat.st_ino}"
-
 
 def named(name: str) -> Namespace:
     """The namespace that `ip netns` calls by this name.

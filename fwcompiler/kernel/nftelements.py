@@ -9,12 +9,14 @@ of a set stands an end at zero, the null element, unless that interval starts at
 from __future__ import annotations
 
 import struct
+import sys
+from array import array
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from fwcompiler.addresses import BITS, LAST, Range, Ranges
 from fwcompiler.diagnostics import HostRefused
-from fwcompiler.kernel.netlink import ATTRIBUTE_MAX, attribute, attributes, nested
+from fwcompiler.kernel.netlink import ATTRIBUTE_MAX, NLA_TYPE_MASK, attribute, attributes, nested
 
 _ELEMENT = 1  # NFTA_LIST_ELEM
 _KEY, _FLAGS, _TIMEOUT, _EXPIRATION, _USERDATA = 1, 3, 4, 5, 6  # enum nft_set_elem_attributes
@@ -69,7 +71,7 @@ def interval_lists(version: int, ranges: Ranges) -> Iterator[bytes]:
 
 def _pairs(version: int, ranges: Ranges, pair: bytes) -> bytearray:
     """All closed intervals in a row: a template repeated, then every word of every address in one strided copy each."""
-    data = bytearray(pair * len(ranges))
+    data = bytearray(pair) * len(ranges)
     words = memoryview(data).cast("I")
     stride, width = len(pair) // _WORD, BITS[version] // 8 // _WORD
     lows = _packed(version, [low for low, _ in ranges])
@@ -85,7 +87,10 @@ def _pairs(version: int, ranges: Ranges, pair: bytes) -> bytearray:
 def _packed(version: int, values: list[int]) -> memoryview:
     """Addresses in network order, seen as machine words."""
     if version == 4:
-        return memoryview(struct.pack(f">{len(values)}I", *values)).cast("I")
+        words = array("I", values)  # a third of the time of struct.pack
+        if sys.byteorder == "little":
+            words.byteswap()
+        return memoryview(words)
     return memoryview(b"".join([v.to_bytes(16, "big") for v in values])).cast("I")
 
 
@@ -130,10 +135,15 @@ def _parse_element(width: int, data: bytes, start: int, end: int) -> Element:
     return Element(key, bool(flags & _INTERVAL_END), expires)
 
 
-def key_of(version: int, message: bytes, offset: int) -> int:
-    """The address of the element that starts at `offset` of a message."""
-    length = struct.unpack_from("=H", message, offset)[0]
-    return _parse_element(BITS[version] // 8, message, offset + 4, offset + length).key
+def key_of(version: int, message: bytes, offset: int) -> int | None:
+    """The address of the element that starts at `offset` of a message; None where something else does."""
+    length, kind = struct.unpack_from("=HH", message, offset)
+    if kind & NLA_TYPE_MASK != _ELEMENT:
+        return None
+    try:
+        return _parse_element(BITS[version] // 8, message, offset + 4, offset + length).key
+    except HostRefused:
+        return None
 
 
 def intervals(elements: Iterable[Element], last: int) -> Ranges:

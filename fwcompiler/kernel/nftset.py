@@ -331,9 +331,10 @@ def _explain(error: NetlinkError, where: _Set | None, verb: str, message: bytes 
     elements = netlink.HEADER + len(where.head) + 4
     if error.errno == errno.ENOENT and error.offset is not None and error.offset < elements:
         return HostRefused(f"there is no {where}{outcome}", hint="load the ruleset that defines it first")
-    place = ""
-    if message and error.offset is not None and error.offset >= elements:
-        place = f" at {address_text(where.version, key_of(where.version, message, error.offset))}"
+    key = None
+    if error.offset is not None and elements <= error.offset < len(message):
+        key = key_of(where.version, message, error.offset)
+    place = "" if key is None else f" at {address_text(where.version, key)}"
     reason = "the set is full" if error.errno == errno.ENFILE else error.reason
     kind = ElementRefused if error.errno in (errno.ENOENT, errno.EEXIST) else HostRefused
     return kind(f"cannot {verb} {where}{place}: {reason}{outcome}", hint=error.hint)

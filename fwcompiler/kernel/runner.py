@@ -70,6 +70,8 @@ def run(command: Command) -> str:
     )
     if result.returncode == 0:
         return result.stdout
+    if command.otherwise is not None:
+        return run(command.otherwise)
     if command.missing_ok and _NOTHING.search(result.stderr):
         return ""
     raise _refusal(command, result.stderr)
@@ -92,8 +94,9 @@ def _failed_lines(stderr: str) -> Iterator[tuple[int, str]]:
     for match in _NFT_PLACE.finditer(stderr):
         found = True
         yield int(match[1]), match[2]
-    if not found and (match := _RESTORE_LINE.search(stderr)):
-        yield int(match[1]), stderr.splitlines()[0]
+    line = None if found else _RESTORE_LINE.search(stderr)
+    if line:
+        yield int(line[1]), stderr.splitlines()[0]
 
 
 def _origin(command: Command, line: int) -> Position | None:
@@ -103,6 +106,20 @@ def _origin(command: Command, line: int) -> Position | None:
 def outputs(commands: Sequence[Command]) -> tuple[str, ...]:
     """What each command prints, in order."""
     return tuple(run(c) for c in commands)
+
+
+def try_out(steps: Sequence[Step], listing: Sequence[Command]) -> tuple[str, ...]:
+    """Load into a scratch namespace and list there, sets being filled last: a listing takes time by their size.
+
+    Raises:
+        HostRefused: the kernel refuses a step.
+    """
+    for step in steps:
+        if isinstance(step.do, Command):
+            run(step.do)
+    listed = outputs(listing)
+    execute([step for step in steps if isinstance(step.do, Fill)])
+    return listed
 
 
 def execute(steps: Sequence[Step]) -> None:

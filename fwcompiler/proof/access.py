@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from fwcompiler.addresses import EVERYONE, LOOPBACK, Addresses
 from fwcompiler.ports import PROTOCOLS, WITH_PORTS, port_text
@@ -87,7 +88,7 @@ def _stretches(rulesets: Iterable[Ruleset], protocol: str) -> Iterator[tuple[int
                     if isinstance(m, PortIn) and m.protocol == protocol and m.side == "destination":
                         borders |= {m.span[0], m.span[1] + 1}
     ordered = sorted(borders)
-    yield from ((a, b - 1) for a, b in zip(ordered, ordered[1:], strict=False))
+    yield from ((a, b - 1) for a, b in pairwise(ordered))
 
 
 def _describe(parts: list[tuple[str, int, int, str, int]], atoms: Atoms) -> Iterator[Access]:

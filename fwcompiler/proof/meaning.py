@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from fwcompiler.addresses import LOOPBACK, Addresses, address_text, covers, range_text
 from fwcompiler.diagnostics import Position
@@ -15,6 +16,8 @@ from fwcompiler.ports import PROTOCOLS, Ports, port_text
 from fwcompiler.proof.fields import Packet
 from fwcompiler.resolve import Resolved, ResolvedService
 from fwcompiler.ruleset import State
+
+Verdict = Literal["accept", "drop"]
 
 _LOOPBACK = Addresses((LOOPBACK[4],), (LOOPBACK[6],))
 _ICMP: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {
@@ -31,7 +34,7 @@ class Clause:
     `dynamic` names groups whose members at run time hold as well as `source`.
     """
 
-    verdict: str
+    verdict: Verdict
     reason: str
     service: str | None = None
     at: Position | None = None
@@ -50,9 +53,7 @@ class Clause:
             return False
         if self.source is not None and (packet.version, packet.source) not in self.source:
             return False
-        if self.destination is not None and (
-            packet.destination is None or (packet.version, packet.destination) not in self.destination
-        ):
+        if self.destination is not None and (packet.destination is None or (packet.version, packet.destination) not in self.destination):
             return False
         if self.states is not None and packet.state not in self.states:
             return False
@@ -113,7 +114,9 @@ def _service(policy: Resolved, service: ResolvedService) -> Iterator[Clause]:
     for group in service.groups:
         known = policy.groups[group]
         dynamic = (group,) if known.dynamic else ()
-        yield Clause("accept", f"{name} names the source", name, at, source=known.addresses, ports=service.ports, groups=(group,), dynamic=dynamic)
+        yield Clause(
+            "accept", f"{name} names the source", name, at, source=known.addresses, ports=service.ports, groups=(group,), dynamic=dynamic
+        )
     yield Clause("drop", f"{name} does not name the source: it is in none of {', '.join(service.groups)}", name, at, ports=service.ports)
 
 
@@ -128,7 +131,7 @@ def _icmp() -> Iterator[Clause]:
 class Explanation:
     """Why one packet is accepted or dropped."""
 
-    verdict: str
+    verdict: Verdict
     service: str | None
     reason: str
     at: Position | None

@@ -148,16 +148,16 @@ class Program:
                 return self._families[version]
             case Interface(way, name, negated):
                 return everyone if way == "in" and (point.interface == name) != negated else 0
-            case ProtocolIs(number, negated):
-                return everyone if (point.protocol == number) != negated else 0
-            case PortIn(side, protocol, (low, high), negated):
+            case ProtocolIs(protocol, negated):
+                return everyone if (point.protocol == protocol) != negated else 0
+            case PortIn(side, transport, (low, high), negated):
                 port = point.port if side == "destination" else point.source_port
-                return everyone if point.protocol == PROTOCOLS[protocol] and (low <= port <= high) != negated else 0
+                return everyone if point.protocol == PROTOCOLS[transport] and (low <= port <= high) != negated else 0
             case StateIn(states, negated):
                 return everyone if (point.state in states) != negated else 0
             case TypeIn(version, types):
-                protocol = PROTOCOLS["icmp" if version == 4 else "icmpv6"]
-                return self._families[version] if point.protocol == protocol and point.icmp_type in types else 0
+                icmp = PROTOCOLS["icmp" if version == 4 else "icmpv6"]
+                return self._families[version] if point.protocol == icmp and point.icmp_type in types else 0
             case Limit():
                 return everyone
             case Unknown():

@@ -1,0 +1,406 @@
+"""Reads what ``iptables-save -c`` and ``ipset list -t`` print back into the neutral ruleset.
+
+Text is cut into arguments the way ``iptables-restore`` cuts it, and each option is read with its own arguments. What the
+neutral types cannot hold becomes ``Unknown`` with the text itself, so that nothing is guessed and an undo can write it again.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from ipaddress import ip_address, ip_network
+from itertools import pairwise
+from typing import Literal, cast
+
+from fwcompiler.addresses import Range
+from fwcompiler.diagnostics import Position
+from fwcompiler.ruleset import (
+    STATES,
+    AddressSet,
+    Chain,
+    Family,
+    Final,
+    Goto,
+    Hook,
+    InRanges,
+    InSet,
+    Interface,
+    Jump,
+    Limit,
+    Match,
+    PortIn,
+    ProtocolIs,
+    Rule,
+    Ruleset,
+    Side,
+    State,
+    StateIn,
+    TypeIn,
+    Unknown,
+    Verdict,
+)
+from fwcompiler_iptables.render import BUILT_IN, CHAIN_PREFIX, PROTOCOL_NUMBER, SET_PREFIX, neutral_chain, neutral_set, quote
+
+ALONE = "a filter table that holds nothing else"
+"""Marks, as the origin of our jump, that nothing in the family's table is anybody else's. No part of equality."""
+
+_HOOKS = {chain: hook for hook, chain in BUILT_IN.items()}
+_FINALS = {"ACCEPT": Final.ACCEPT, "DROP": Final.DROP, "RETURN": Final.RETURN}
+_REJECT = {4: "icmp-port-unreachable", 6: "icmp6-port-unreachable"}
+_UNITS: dict[str, Literal["second", "minute", "hour", "day"]] = {"sec": "second", "min": "minute", "hour": "hour", "day": "day"}
+_DEFAULT_BURST = 5  # iptables-extensions(8), limit: not printed when it is the default
+_PROTOCOLS = {
+    **PROTOCOL_NUMBER,
+    **{"icmp": 1, "igmp": 2, "ipencap": 4, "st": 5, "egp": 8, "igp": 9, "dccp": 33, "ipv6": 41, "rsvp": 46, "gre": 47},
+    **{"esp": 50, "ah": 51, "icmpv6": 58, "ipv6-icmp": 58, "eigrp": 88, "ospf": 89, "ospfigp": 89, "ipip": 94, "etherip": 97},
+    **{"encap": 98, "pim": 103, "ipcomp": 108, "vrrp": 112, "l2tp": 115, "sctp": 132, "mobility-header": 135, "udplite": 136},
+}
+"""Names that ``iptables-save`` takes from its own table or from /etc/protocols; other hosts print the number."""
+_TYPE_NAMES: dict[int, dict[str, int]] = {
+    4: {
+        **{"echo-reply": 0, "pong": 0, "destination-unreachable": 3, "source-quench": 4, "redirect": 5, "echo-request": 8, "ping": 8},
+        **{"router-advertisement": 9, "router-solicitation": 10, "time-exceeded": 11, "ttl-exceeded": 11, "parameter-problem": 12},
+        **{"timestamp-request": 13, "timestamp-reply": 14, "address-mask-request": 17, "address-mask-reply": 18},
+    },
+    6: {
+        **{"destination-unreachable": 1, "packet-too-big": 2, "time-exceeded": 3, "ttl-exceeded": 3, "parameter-problem": 4},
+        **{"echo-request": 128, "ping": 128, "echo-reply": 129, "pong": 129, "router-solicitation": 133, "router-advertisement": 134},
+        **{"neighbour-solicitation": 135, "neighbor-solicitation": 135, "neighbour-advertisement": 136, "neighbor-advertisement": 136},
+        **{"redirect": 137},
+    },
+}
+"""icmp and icmp6 in iptables-extensions(8). ``iptables-save`` prints numbers; names are for text from elsewhere."""
+
+
+@dataclass
+class _Table:
+    """Table ``filter`` of one family, as printed: our chains, the lines in them, and what of the rest concerns us."""
+
+    version: int
+    chains: list[str] = field(default_factory=list)
+    lines: list[tuple[str, tuple[int, int], list[str]]] = field(default_factory=list)
+    alone: bool = True
+
+
+def parse_listing(saves: Sequence[str], sets: str) -> Ruleset:
+    """The ruleset behind the outputs of ``iptables-save -c`` for IPv4 and IPv6 and of ``ipset list -t``.
+
+    A chain's rules are those of IPv4, then those of IPv6, each naming its family. ``INPUT`` holds only its jumps to chains
+    of ours: who else is in there, and what its policy says, is none of our business. Sets that fwc would not have made
+    are named in ``others``.
+    """
+    found = [_read_table(save, version) for version, save in zip((4, 6), saves, strict=True)]
+    matched = {token for table in found for _, _, tokens in table.lines for token in _after(tokens, "--match-set")}
+    known, others = _read_sets(sets, matched)
+    rules: dict[str, list[Rule]] = {name: [] for table in found for name in table.chains}
+    for table in found:
+        for name, count, tokens in table.lines:
+            rule = _Reader(table.version, known).rule(tokens, count)
+            if name in _HOOKS and table.alone:
+                rule = replace(rule, origin=Position(ALONE, table.version))
+            rules.setdefault(name, []).append(rule)
+    return Ruleset(tuple(_chains(rules)), tuple(sorted(known.values(), key=lambda s: s.name)), tuple(sorted(others)))
+
+
+def _chains(rules: Mapping[str, Sequence[Rule]]) -> Iterator[Chain]:
+    for name in sorted(rules, key=lambda n: (n not in _HOOKS, n)):
+        if name in _HOOKS:
+            yield Chain(name, tuple(rules[name]), Hook(cast(Literal["input"], _HOOKS[name]), 0, "accept"))
+        else:
+            yield Chain(neutral_chain(name), tuple(rules[name]))
+
+
+def _after(tokens: Sequence[str], option: str) -> Iterator[str]:
+    return (value for name, value in pairwise(tokens) if name == option)
+
+
+def _read_table(save: str, version: int) -> _Table:
+    table = _Table(version)
+    name = ""
+    for line in save.splitlines():
+        if line.startswith("*"):
+            name = line[1:].strip()
+        elif name == "filter" and line.startswith(":"):
+            chain, policy = line[1:].split()[:2]
+            if chain.startswith(CHAIN_PREFIX):
+                table.chains.append(chain)
+            elif chain not in _HOOKS or policy != "ACCEPT":
+                table.alone = False
+        elif name == "filter" and (match := re.match(r"(?:\[(\d+):(\d+)\] )?-A (\S+) ?(.*)", line)):
+            tokens = tokenize(match[4])
+            ours = match[3].startswith(CHAIN_PREFIX) or (match[3] in _HOOKS and _leads_to_us(tokens))
+            table.alone = table.alone and ours
+            if ours:
+                table.lines.append((match[3], (int(match[1] or 0), int(match[2] or 0)), tokens))
+    return table
+
+
+def _leads_to_us(tokens: Sequence[str]) -> bool:
+    return any(target.startswith(CHAIN_PREFIX) for option in ("-j", "-g") for target in _after(tokens, option))
+
+
+def tokenize(text: str) -> list[str]:
+    """Cut a line into arguments: blanks part, double quotes hold together, a backslash inside them escapes.
+
+    The rules are those of ``add_param_to_argv`` (iptables/xshared.c).
+    """
+    tokens: list[str] = []
+    current: list[str] | None = None
+    quoted = escaped = False
+    for char in text:
+        if escaped:
+            cast(list[str], current).append(char)
+            escaped = False
+        elif quoted and char == "\\":
+            escaped = True
+        elif char == '"':
+            quoted, current = not quoted, current if current is not None else []
+        elif char in " \t\n" and not quoted:
+            if current is not None:
+                tokens.append("".join(current))
+            current = None
+        else:
+            current = [] if current is None else current
+            current.append(char)
+    return tokens if current is None else [*tokens, "".join(current)]
+
+
+def _read_sets(text: str, matched: set[str]) -> tuple[dict[str, AddressSet], list[str]]:
+    """Our sets by the names they have in the kernel, and the others that carry our prefix.
+
+    Where both twins of a set are there, a crash left one behind: the one that rules match is the set.
+    """
+    found: dict[str, AddressSet] = {}
+    others: list[str] = []
+    for block in re.split(r"\n\s*\n", text):
+        fields = dict(line.split(": ", 1) for line in block.strip().splitlines() if ": " in line)
+        kernel = fields.get("Name", "")
+        if kernel.startswith(SET_PREFIX):
+            each = _read_set(kernel, fields.get("Type", ""), fields.get("Header", ""))
+            if each:
+                found[kernel] = each
+            else:
+                others.append(f"set {kernel}")
+    for kernel in sorted(found, key=lambda k: (k in matched, not found[k].slot)):
+        if [each.name for each in found.values()].count(found[kernel].name) > 1:
+            others.append(f"set {kernel}")
+            del found[kernel]
+    return found, others
+
+
+def _read_set(kernel: str, kind: str, header: str) -> AddressSet | None:
+    """The set, where its type and parameters are such as fwc gives to a set of this name."""
+    name = neutral_set(kernel)
+    words = header.split()
+    values = dict(pairwise(words))
+    if not name or values.get("family") != ("inet" if name[1] == 4 else "inet6"):
+        return None
+    if {"netmask", "counters", "comment", "skbinfo", "forceadd", "bitmask"} & set(words):
+        return None
+    if kind == "hash:net" and "timeout" not in values:
+        return AddressSet(name[0], name[1], slot=name[2])
+    if kind == "hash:ip" and "timeout" in values:
+        return AddressSet(name[0], name[1], timeout=int(values["timeout"]), size=int(values["maxelem"]), slot=name[2])
+    return None
+
+
+class _NotModelled(Exception):
+    """An option outside the neutral types; caught where its text becomes `Unknown`."""
+
+
+class _Reader:
+    """Reads the arguments of one rule."""
+
+    def __init__(self, version: int, sets: Mapping[str, AddressSet]) -> None:
+        self.version = version
+        self.sets = sets
+        self.matches: list[Match] = []
+        self.protocol: ProtocolIs | None = None
+        self.verdict: Verdict = None
+        self.service = ""
+        self.log_prefix = ""
+
+    def rule(self, tokens: Sequence[str], count: tuple[int, int]) -> Rule:
+        """The rule, naming its family. One that cannot be followed to its end is `Unknown` as a whole."""
+        try:
+            for part in _parts(tokens):
+                self._part(part)
+        except _NotModelled:
+            return Rule((Family(self.version), Unknown(_text(tokens))), count=count)
+        matches = self._with_protocol()
+        if not any(isinstance(m, InSet | InRanges | TypeIn) for m in matches):
+            matches.insert(0, Family(self.version))
+        return Rule(tuple(matches), self.verdict, self.service, self.log_prefix, count=count)
+
+    def _with_protocol(self) -> list[Match]:
+        """The protocol stays where no other match says it: a negated port does not."""
+        if not self.protocol or any(self._implies(m, self.protocol) for m in self.matches):
+            return list(self.matches)
+        return [self.protocol, *self.matches]
+
+    def _implies(self, match: Match, protocol: ProtocolIs) -> bool:
+        match match:
+            case PortIn(_, _, _, negated):
+                return not negated
+            case TypeIn(version, _):
+                return protocol == ProtocolIs(1 if version == 4 else 58)
+            case _:
+                return match == protocol
+
+    def _part(self, part: Sequence[str]) -> None:
+        negated = part[0] == "!"
+        option, *values = part[1:] if negated else part
+        try:
+            if option == "-m":
+                self._module(values[0], values[1:])
+            elif option in ("-j", "-g"):
+                self._target(option, values[0], values[1:])
+            else:
+                self._plain(option, values[0] if values else "", negated)
+        except (_NotModelled, ValueError, IndexError, KeyError):
+            self.matches.append(Unknown(_text(part)))
+
+    def _plain(self, option: str, value: str, negated: bool) -> None:
+        if option in ("-s", "-d"):
+            side: Side = "source" if option == "-s" else "destination"
+            self.matches.append(InRanges(side, self.version, (self._span(value),), negated))
+        elif option in ("-i", "-o") and not value.endswith("+"):
+            self.matches.append(Interface("in" if option == "-i" else "out", value, negated))
+        elif option == "-p":
+            number = int(value) if value.isdigit() else _PROTOCOLS[value]
+            self.protocol = ProtocolIs(number, negated)
+        else:
+            raise _NotModelled
+
+    def _span(self, value: str) -> Range:
+        """``a/length``, ``a/mask`` or ``a-b``; a mask with gaps is no range."""
+        if "-" in value:
+            low, high = (ip_address(end) for end in value.split("-"))
+        else:
+            network = ip_network(value)
+            low, high = network[0], network[-1]
+        if low.version != self.version:
+            raise _NotModelled
+        return int(low), int(high)
+
+    def _module(self, name: str, values: Sequence[str]) -> None:
+        options = list(_options(values))
+        if name == "comment" and len(values) == 2 and values[0] == "--comment" and not self.service:
+            self.service = values[1]
+        elif name in PROTOCOL_NUMBER:
+            self._ports(name, options)
+        elif name == "multiport":
+            raise _NotModelled
+        else:
+            self.matches.append(self._single(name, options))
+
+    def _ports(self, protocol: str, options: Sequence[tuple[bool, str, tuple[str, ...]]]) -> None:
+        for negated, option, values in options:
+            if option in ("--sport", "--dport") and len(values) == 1:
+                low, _, high = values[0].partition(":")
+                span = (int(low or 0), int(high or 65535) if ":" in values[0] else int(low))
+                self.matches.append(PortIn("source" if option == "--sport" else "destination", protocol, span, negated))
+            else:
+                self.matches.append(Unknown(_text(["-m", protocol, *(["!"] if negated else []), option, *values])))
+
+    def _single(self, name: str, options: Sequence[tuple[bool, str, tuple[str, ...]]]) -> Match:
+        if name == "limit":
+            return self._limit({option: values for _, option, values in options}, any(n for n, _, _ in options))
+        (negated, option, values), *more = options
+        if more:
+            raise _NotModelled
+        match name, option, values:
+            case "set", "--match-set", (kernel, ("src" | "dst") as way):
+                each = self.sets[kernel]
+                if each.version == self.version:
+                    return InSet("source" if way == "src" else "destination", each.name, each.version, negated)
+            case ("conntrack", "--ctstate", (states,)) | ("state", "--state", (states,)):
+                names = cast(frozenset[State], frozenset(states.lower().split(",")))
+                if names <= set(STATES):
+                    return StateIn(names, negated)
+            case "iprange", ("--src-range" | "--dst-range"), (text,):
+                return InRanges("source" if option[2] == "s" else "destination", self.version, (self._span(text),), negated)
+            case ("icmp", "--icmp-type", (kind,)) | ("icmp6", "--icmpv6-type", (kind,)) if not negated:
+                return self._type(name, kind)
+        raise _NotModelled
+
+    def _type(self, module: str, kind: str) -> Match:
+        """`any`, and its number 255, is every type: nothing more than the protocol."""
+        version = 4 if module == "icmp" else 6
+        if kind in ("any", "255") and version == 4:
+            return ProtocolIs(1)
+        number = _TYPE_NAMES[version][kind] if kind in _TYPE_NAMES[version] else int(kind)
+        if version != self.version:
+            raise _NotModelled
+        return TypeIn(version, (number,))
+
+    def _limit(self, options: Mapping[str, tuple[str, ...]], negated: bool) -> Limit:
+        if negated or options.keys() - {"--limit", "--limit-burst"}:
+            raise _NotModelled
+        rate, _, per = options["--limit"][0].partition("/")
+        burst = options.get("--limit-burst", (str(_DEFAULT_BURST),))[0]
+        return Limit(int(rate), _UNITS[per], int(burst))
+
+    def _target(self, option: str, name: str, rest: Sequence[str]) -> None:
+        if name.startswith(CHAIN_PREFIX) and not rest:
+            self.verdict = Goto(neutral_chain(name)) if option == "-g" else Jump(neutral_chain(name))
+        elif option == "-g":
+            raise _NotModelled
+        elif name in _FINALS and not rest:
+            self.verdict = _FINALS[name]
+        elif name == "REJECT":
+            self.verdict = Final.REJECT
+            if list(rest) != ["--reject-with", _REJECT[self.version]]:
+                self.matches.append(Unknown(_text(rest)))
+        elif name == "LOG" and len(rest) == 2 and rest[0] == "--log-prefix":
+            self.log_prefix = rest[1]
+        else:
+            raise _NotModelled
+
+
+def _text(tokens: Sequence[str]) -> str:
+    return " ".join(quote(token) for token in tokens)
+
+
+_ARGUMENTS = {"-s": 1, "-d": 1, "-i": 1, "-o": 1, "-p": 1, "-f": 0}
+
+
+def _parts(tokens: Sequence[str]) -> Iterator[list[str]]:
+    """Cut arguments into options: ``! -s ADDR``, ``-m MODULE`` with all that follows it, ``-j TARGET`` with the rest.
+
+    ``iptables-save`` prints them in this order. A comment's text is skipped unread: it may look like an option.
+    """
+    place = 0
+    while place < len(tokens):
+        start = place
+        place += tokens[place] == "!"
+        option = tokens[place] if place < len(tokens) else ""
+        if option in ("-j", "-g"):
+            yield list(tokens[start:])
+            return
+        if option == "-m":
+            place += 2
+            while place < len(tokens) and tokens[place] not in ("-m", "-j", "-g"):
+                place += 2 if tokens[place] == "--comment" else 1
+        elif option in _ARGUMENTS:
+            place += 1 + _ARGUMENTS[option]
+        else:
+            raise _NotModelled
+        if place > len(tokens):
+            raise _NotModelled
+        yield list(tokens[start:place])
+
+
+def _options(tokens: Sequence[str]) -> Iterator[tuple[bool, str, tuple[str, ...]]]:
+    """A module's options: negated, name, values."""
+    place = 0
+    while place < len(tokens):
+        negated = tokens[place] == "!"
+        place += negated
+        end = place + 1
+        while end < len(tokens) and tokens[end] != "!" and not tokens[end].startswith("--"):
+            end += 1
+        if place < len(tokens):
+            yield negated, tokens[place], tuple(tokens[place + 1 : end])
+        place = end

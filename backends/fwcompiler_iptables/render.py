@@ -1,0 +1,436 @@
+"""Neutral rules as lines for ``iptables-restore``, sets as lines for ``ipset restore``, and the names both have in the kernel.
+
+iptables wraps or reinterprets what it does not understand (``--dport 99999`` becomes 34463, ``-p 0`` means every protocol,
+``--icmp-type 255`` means every type), so :func:`refuse` checks every number before a line is written.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from fwcompiler.addresses import BITS, LAST, Range, address_text, prefix_text, prefixes
+from fwcompiler.diagnostics import Finding, Position
+from fwcompiler.ruleset import (
+    AddressSet,
+    Chain,
+    Family,
+    Final,
+    Goto,
+    InRanges,
+    InSet,
+    Interface,
+    Jump,
+    Limit,
+    Match,
+    PortIn,
+    ProtocolIs,
+    Rule,
+    Ruleset,
+    StateIn,
+    TypeIn,
+    Unknown,
+)
+
+BUILT_IN = {"input": "INPUT", "forward": "FORWARD", "output": "OUTPUT"}
+"""Hooks with a chain in table ``filter``, the only table fwc touches."""
+CHAIN_PREFIX, SET_PREFIX = "FWC-", "fwc-"
+CHAIN_MAX, SET_MAX = 28, 31
+"""XT_EXTENSION_MAXNAMELEN and IPSET_MAXNAMELEN (include/uapi/linux/netfilter), without the closing NUL."""
+MAXELEM = 1 << 24
+"""The most elements a static set may hold: only a limit, it costs no memory."""
+
+PROTOCOL_NUMBER = {"tcp": 6, "udp": 17}
+ICMP = {4: ("icmp", "icmp", "--icmp-type"), 6: ("ipv6-icmp", "icmp6", "--icmpv6-type")}
+_SECONDS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400}
+_TIMEOUT_MAX = 2147483
+"""Seconds (ipset(8), "timeout")."""
+_EXTENSION_HEADERS = (43, 44, 51, 60)
+"""The kernel looks behind these for the protocol (net/ipv6/netfilter/ip6_tables.c, ``ip6_packet_match``)."""
+_SET_NAME = re.compile(r"([A-Za-z][A-Za-z0-9_-]*)(\.dynamic)?\.v([46])")
+_KERNEL_SET = re.compile(r"fwc-([A-Za-z][A-Za-z0-9_-]*)(~?)([46])(b?)")
+_PLAIN = re.compile(r"[A-Za-z0-9_./:,+=@-]+")
+
+
+def chain_name(name: str) -> str:
+    """``service.sip`` is ``FWC-s.sip``: the longest service name still fits into 28 characters."""
+    if name.startswith(CHAIN_PREFIX):
+        return name
+    return CHAIN_PREFIX + (f"s.{name[8:]}" if name.startswith("service.") else name)
+
+
+def neutral_chain(kernel: str) -> str:
+    """The inverse of :func:`chain_name`. A chain that fwc would never write keeps its kernel name."""
+    name = kernel.removeprefix(CHAIN_PREFIX)
+    if name.startswith("s."):
+        return f"service.{name[2:]}"
+    if not name or name.startswith((CHAIN_PREFIX, "service.")) or name in BUILT_IN.values():
+        return kernel
+    return name
+
+
+def is_set_name(name: str) -> bool:
+    """True for names that :func:`set_name` can translate."""
+    return bool(_SET_NAME.fullmatch(name))
+
+
+def set_name(name: str, slot: str = "") -> str:
+    """``carriers.v4`` is ``fwc-carriers4``, ``agents.dynamic.v6`` is ``fwc-agents~6``; a twin has a ``b`` behind it."""
+    match = _SET_NAME.fullmatch(name)
+    assert match, name
+    return f"{SET_PREFIX}{match[1]}{'~' if match[2] else ''}{match[3]}{slot}"
+
+
+def neutral_set(kernel: str) -> tuple[str, int, str] | None:
+    """Neutral name, version and slot of a set with this kernel name; None where fwc would never choose it."""
+    match = _KERNEL_SET.fullmatch(kernel)
+    if not match:
+        return None
+    return f"{match[1]}{'.dynamic' if match[2] else ''}.v{match[3]}", int(match[3]), match[4]
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """One family of a ruleset: rules of built-in chains that lead to ours, and our chains by neutral name."""
+
+    jumps: tuple[tuple[str, Rule], ...]
+    chains: Mapping[str, tuple[Rule, ...]]
+
+
+def tables(ruleset: Ruleset, version: int) -> Tables:
+    """The part of a ruleset that one family's ``filter`` table holds.
+
+    A base chain of the compiler becomes a chain of ours and a jump to it; a built-in chain that a reader found is
+    there as it is. Where a base chain's policy says drop, so does its last rule: a chain of ours has no policy.
+    """
+    jumps: list[tuple[str, Rule]] = []
+    chains: dict[str, tuple[Rule, ...]] = {}
+    for chain in sorted(ruleset.chains, key=lambda c: c.name):
+        rules = tuple(r for r in chain.rules if _concerns(r, version))
+        if chain.hook and chain.name in BUILT_IN.values():
+            jumps += [(chain.name, rule) for rule in rules]
+            continue
+        if chain.hook:
+            jumps.append((BUILT_IN[chain.hook.name], Rule((Family(version),), Jump(chain.name))))
+            if chain.hook.policy == "drop" and not _is_closed(rules):
+                rules += (Rule((Family(version),), Final.DROP),)
+        chains[chain.name] = rules
+    return Tables(tuple(jumps), chains)
+
+
+def _concerns(rule: Rule, version: int) -> bool:
+    return all(m.version == version for m in rule.matches if isinstance(m, InSet | InRanges | Family | TypeIn))
+
+
+def _is_closed(rules: Sequence[Rule]) -> bool:
+    return bool(rules) and rules[-1].verdict is not None and not [m for m in rules[-1].matches if not isinstance(m, Family)]
+
+
+def quote(text: str) -> str:
+    """One argument as ``iptables-restore`` reads it (iptables/xshared.c, ``add_param_to_argv``)."""
+    if _PLAIN.fullmatch(text):
+        return text
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+Option = tuple[int, str]
+"""Rank and text; the ranks are the order in which ``iptables-save`` prints."""
+_SIDE_RANK = {"source": 0, "destination": 1}
+_SHORT = {"source": "src", "destination": "dst"}
+_PROTOCOL, _MATCH, _COMMENT, _TARGET, _REST = 4, 5, 6, 7, 8
+
+
+def specs(rule: Rule, version: int, slots: Mapping[str, str]) -> list[str]:
+    """A rule as one or more specifications (what stands behind ``-A CHAIN``), each exact.
+
+    iptables matches one type and one range a rule, so lists of them are unrolled; no packet meets two of the copies.
+    A rule that logs and decides becomes two.
+    """
+    found: list[str] = []
+    for choice in product(*(_choices(m) for m in rule.matches)):
+        options = _options(choice, version, slots)
+        if rule.log_prefix:
+            found.append(_text([*options, (_TARGET, f"-j LOG --log-prefix {quote(rule.log_prefix)}")]))
+            if rule.verdict is None:
+                continue
+        comment = [(_COMMENT, f"-m comment --comment {quote(rule.service)}")] if rule.service else []
+        found.append(_text([*options, *comment, *_target(rule, version)]))
+    return found
+
+
+def _text(options: Iterable[Option]) -> str:
+    return " ".join(text for _, text in sorted(options, key=lambda o: o[0]) if text)
+
+
+def _choices(match: Match) -> list[Match]:
+    match match:
+        case TypeIn(version, types):
+            return [TypeIn(version, (number,)) for number in types]
+        case InRanges(side, version, ranges, False):
+            return [InRanges(side, version, (span,)) for span in ranges]
+        case _:
+            return [match]
+
+
+def _target(rule: Rule, version: int) -> list[Option]:
+    match rule.verdict:
+        case None:
+            return []
+        case Goto(chain):
+            return [(_TARGET, f"-g {chain_name(chain)}")]
+        case Jump(chain):
+            return [(_TARGET, f"-j {chain_name(chain)}")]
+        case Final.REJECT if any(isinstance(m, Unknown) and m.text.startswith("--reject-with") for m in rule.matches):
+            return [(_TARGET, "-j REJECT")]
+        case Final.REJECT:
+            return [(_TARGET, f"-j REJECT --reject-with {'icmp' if version == 4 else 'icmp6'}-port-unreachable")]
+        case final:
+            return [(_TARGET, f"-j {final.name}")]
+
+
+def _options(matches: Sequence[Match], version: int, slots: Mapping[str, str]) -> list[Option]:
+    options: list[Option] = []
+    used: set[str] = set()
+    protocol = ""
+    for match in matches:
+        no = "! " if getattr(match, "negated", False) else ""
+        match match:
+            case InRanges(side, _, ranges, _):
+                options += [_range(side, version, span, no, used) for span in ranges]
+            case InSet(side, name, _, _):
+                kernel = set_name(name, slots.get(name, ""))
+                options.append((_MATCH, f"-m set {no}--match-set {kernel} {_SHORT[side]}"))
+            case Interface(way, name, _):
+                options.append((2 if way == "in" else 3, f"{no}-{way[0]} {name}"))
+            case ProtocolIs(number, _):
+                protocol = protocol or f"{no}-p {number}"
+            case PortIn(side, name, (low, high), _):
+                protocol = f"-p {name}"
+                span = str(low) if low == high else f"{low}:{high}"
+                options.append((_MATCH, f"-m {name} {no}--{side[0]}port {span}"))
+            case TypeIn(_, types):
+                name, module, option = ICMP[version]
+                protocol = f"-p {name}"
+                options.append((_MATCH, f"-m {module} {option} {types[0]}"))
+            case StateIn(states, _):
+                options.append((_MATCH, f"-m conntrack {no}--ctstate {','.join(sorted(states)).upper()}"))
+            case Limit(rate, per, burst):
+                options.append((_MATCH, f"-m limit --limit {rate}/{per} --limit-burst {burst}"))
+            case Unknown(text):
+                options.append((_REST, text))
+            case Family():
+                pass
+    return [*options, (_PROTOCOL, protocol)]
+
+
+def _range(side: str, version: int, span: Range, no: str, used: set[str]) -> Option:
+    """``-s`` or ``-d`` where it is one prefix and the option is still free, else the iprange match."""
+    cut = list(prefixes(version, (span,)))
+    if len(cut) == 1 and side not in used:
+        used.add(side)
+        network, length = cut[0]
+        return _SIDE_RANK[side], f"{no}-{side[0]} {prefix_text(version, network, length)}"
+    low, high = (address_text(version, end) for end in span)
+    return _MATCH, f"-m iprange {no}--{_SHORT[side]}-range {low}-{high}"
+
+
+class Lines:
+    """Collects the lines of one restore text, remembering which policy line each stands for."""
+
+    def __init__(self) -> None:
+        self.texts = ["*filter"]
+        self.origins: dict[int, Position] = {}
+
+    def add(self, text: str, origin: Position | None = None) -> None:
+        """Append one line."""
+        self.texts.append(text)
+        if origin:
+            self.origins[len(self.texts)] = origin
+
+    def rules(self, chain: str, rules: Iterable[Rule], version: int, slots: Mapping[str, str]) -> None:
+        """Append a chain's rules. The first line of a rule carries its count: ``[packets:bytes]``, read with ``-c``."""
+        for rule in rules:
+            count = f"[{rule.count[0]}:{rule.count[1]}] " if any(rule.count) else ""
+            for spec in specs(rule, version, slots):
+                self.add(f"{count}-A {chain_name(chain)} {spec}".rstrip(), rule.origin)
+                count = ""
+
+    def text(self) -> str:
+        """The whole table."""
+        return "\n".join((*self.texts, "COMMIT", ""))
+
+
+def table_text(ruleset: Ruleset, version: int) -> str:
+    """One family as text for ``iptables-restore --noflush``."""
+    table = tables(ruleset, version)
+    lines = Lines()
+    for name in table.chains:
+        lines.add(f":{chain_name(name)} - [0:0]")
+    for name, rules in table.chains.items():
+        lines.rules(name, rules, version, {})
+    for built_in, rule in reversed(table.jumps):
+        for spec in specs(rule, version, {}):
+            lines.add(f"-I {built_in} 1 {spec}")
+    return lines.text()
+
+
+def create_words(each: AddressSet, kernel: str) -> tuple[str, ...]:
+    """``create`` and its arguments. The hash starts at the size it will need: growing it while filling costs a quarter more."""
+    family = "inet" if each.version == 4 else "inet6"
+    if each.dynamic:
+        size = 65536 if each.size is None else each.size
+        kind = ("hash:ip", "family", family, "hashsize", str(_hashsize(min(size, 65536))))
+        return ("create", kernel, *kind, "maxelem", str(size), "timeout", str(each.timeout))
+    entries = sum(1 for _ in prefixes(each.version, each.ranges))
+    return ("create", kernel, "hash:net", "family", family, "hashsize", str(_hashsize(entries)), "maxelem", str(MAXELEM))
+
+
+def _hashsize(entries: int) -> int:
+    """A power of two with one to two elements a bucket, which holds up to 12 (net/netfilter/ipset/ip_set_hash_gen.h)."""
+    return max(64, 1 << max(entries // 2 - 1, 0).bit_length())
+
+
+def networks(each: AddressSet) -> Iterator[str]:
+    """Elements as text. hash:net holds no /0 (ipset(8)); two /1 are the same."""
+    for span in each.ranges:
+        halves = ((0, LAST[each.version] // 2), (LAST[each.version] // 2 + 1, LAST[each.version]))
+        for part in halves if span == (0, LAST[each.version]) else (span,):
+            yield from (prefix_text(each.version, n, length) for n, length in prefixes(each.version, (part,)))
+
+
+def member_lines(each: AddressSet, kernel: str) -> Iterator[str]:
+    """``add`` lines that give members back the time they had left, which is held in milliseconds; as many as fit."""
+    for address, left in each.members[: each.size]:
+        seconds = 0 if left is None else max(1, -(-left // 1000))
+        yield f"add {kernel} {prefix_text(each.version, address, BITS[each.version])} timeout {seconds}"
+
+
+def sets_text(ruleset: Ruleset) -> str:
+    """All sets with their contents as text for ``ipset restore``."""
+    lines: list[str] = []
+    for each in sorted(ruleset.sets, key=lambda s: s.name):
+        kernel = set_name(each.name)
+        lines.append(" ".join(create_words(each, kernel)))
+        lines += [f"add {kernel} {text}" for text in networks(each)]
+    return "\n".join((*lines, ""))
+
+
+def refuse(ruleset: Ruleset) -> list[Finding]:
+    """What iptables or ipset cannot hold exactly as it was meant, each with its policy line."""
+    names = [Finding("name", text, each.origin) for each in ruleset.sets for text in _set_faults(each)]
+    chains = [Finding(code, text) for chain in ruleset.chains for code, text in _chain_faults(chain)]
+    rules = [Finding("value", text, rule.origin) for chain in ruleset.chains for rule in chain.rules for text in _rule_faults(rule)]
+    return list(dict.fromkeys((*names, *chains, *rules)))
+
+
+def _set_faults(each: AddressSet) -> Iterator[str]:
+    match = _SET_NAME.fullmatch(each.name)
+    if not match or int(match[3]) != each.version:
+        yield f"ipset cannot hold `{each.name}`: a set is called NAME.v4, NAME.v6 or NAME.dynamic.v4"
+    elif len(set_name(each.name, "b")) > SET_MAX:
+        yield f"ipset names have at most {SET_MAX} characters, and `{set_name(each.name, 'b')}` has more"
+    if each.timeout is not None and not 0 <= each.timeout <= _TIMEOUT_MAX:
+        yield f"ipset cannot hold a timeout of {each.timeout} seconds: at most {_TIMEOUT_MAX}"
+    if each.size is not None and not 1 <= each.size < 1 << 32:
+        yield f"ipset cannot hold {each.size} members"
+
+
+def _chain_faults(chain: Chain) -> Iterator[tuple[str, str]]:
+    built_in = chain.name in BUILT_IN.values()
+    if built_in is not bool(chain.hook and chain.name == BUILT_IN.get(chain.hook.name)):
+        yield "name", f"`{chain.name}` is the name of a built-in chain"
+    elif not built_in and (not re.fullmatch(r"[A-Za-z][A-Za-z0-9_.-]*", chain.name) or chain.name.startswith(("s.", CHAIN_PREFIX))):
+        yield "name", f"`{chain.name}` cannot be the name of an iptables chain"
+    elif len(chain_name(chain.name)) > CHAIN_MAX:
+        yield "name", f"chain names have at most {CHAIN_MAX} characters, and `{chain_name(chain.name)}` has more"
+    if chain.hook and (chain.hook.name not in BUILT_IN or chain.hook.priority != 0):
+        yield "value", f"iptables has no chain at hook {chain.hook.name} with priority {chain.hook.priority} in table filter"
+
+
+def _rule_faults(rule: Rule) -> Iterator[str]:
+    for match in rule.matches:
+        yield from _match_faults(match)
+    if len(rule.log_prefix) > 29:
+        yield f"a log prefix has at most 29 characters, `{rule.log_prefix}` has more"
+    if not (rule.log_prefix + rule.service).isprintable() or len(rule.service) > 255:
+        yield "a log prefix or comment holds characters that iptables cannot take"
+    required = _protocols(rule)
+    if len(required) > 1:
+        yield f"iptables matches one protocol a rule, not {' and '.join(sorted(required))}"
+    elif any(isinstance(m, PortIn) and m.negated for m in rule.matches) and not any(isinstance(m, ProtocolIs) for m in rule.matches):
+        yield "iptables matches a negated port only together with its protocol"
+    ways = [m.way for m in rule.matches if isinstance(m, Interface)]
+    if len(ways) > len(set(ways)):
+        yield "iptables matches one interface a direction in a rule"
+    copies = len(list(product(*(_choices(m) for m in rule.matches)))) + bool(rule.log_prefix and rule.verdict is not None)
+    if copies > 1 and any(isinstance(m, Limit) for m in rule.matches):
+        yield "a limit counts for one iptables rule, and this one becomes several: split it"
+
+
+def _protocols(rule: Rule) -> set[str]:
+    """What the rule's matches ask of the protocol; a rule with more than one answer cannot be written."""
+    found: set[str] = set()
+    for match in rule.matches:
+        match match:
+            case ProtocolIs(number, negated):
+                found.add(f"{'not ' if negated else ''}{number}")
+            case PortIn(_, name, _, _):
+                found.add(str(PROTOCOL_NUMBER.get(name, name)))
+            case TypeIn(version, _):
+                found.add("1" if version == 4 else "58")
+            case _:
+                pass
+    return found
+
+
+def _match_faults(match: Match) -> Iterator[str]:
+    match match:
+        case InSet(_, name, version, _):
+            if not name.endswith(f".v{version}") or not is_set_name(name):
+                yield f"ipset cannot hold a set called `{name}`"
+        case Interface(_, name, _):
+            # IFNAMSIZ is 16 with its NUL; a `+` at the end is iptables' wildcard, which the neutral rule does not mean.
+            if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.:@+-]{0,14}", name) or name.endswith("+"):
+                yield f"iptables cannot match an interface called `{name}`"
+        case InRanges(_, version, ranges, _):
+            if any(not 0 <= low <= high <= LAST[version] for low, high in ranges):
+                yield "an address range is outside its family"
+        case StateIn(states, _):
+            if not states:
+                yield "iptables cannot match an empty list of states"
+        case Unknown(text):
+            yield f"iptables cannot express {text}"
+        case _:
+            yield from _number_faults(match)
+
+
+def _number_faults(match: ProtocolIs | PortIn | TypeIn | Limit | Family) -> Iterator[str]:
+    match match:
+        case ProtocolIs(number, _):
+            if not 0 < number < 256:
+                yield f"iptables cannot match protocol {number} (0 would mean every protocol)"
+            elif number in _EXTENSION_HEADERS:
+                yield f"ip6tables never sees protocol {number}: it is an IPv6 extension header"
+        case PortIn(_, protocol, (low, high), _):
+            if protocol not in PROTOCOL_NUMBER or not 0 <= low <= high <= 65535:
+                yield f"iptables cannot match ports {low}-{high} of {protocol}"
+        case TypeIn(_, types):
+            yield from (
+                f"iptables cannot match ICMP type {number} (255 would mean every type)" for number in types if not 0 <= number < 255
+            )
+        case Limit():
+            yield from _limit_faults(match)
+        case Family():
+            pass
+
+
+def _limit_faults(limit: Limit) -> Iterator[str]:
+    """The kernel keeps a rate as an interval in units of 0.1 ms (net/netfilter/xt_limit.c, XT_LIMIT_SCALE)."""
+    length = 10_000 * _SECONDS[limit.per]
+    interval = length // limit.rate if limit.rate > 0 else 0
+    if not interval or abs(length / interval - limit.rate) > limit.rate / 100:
+        yield f"iptables cannot hold a limit of {limit.rate}/{limit.per} to within one per cent"
+    elif not 1 <= limit.burst <= 10_000 or interval * limit.burst >= 1 << 32:
+        yield f"iptables cannot hold a limit of {limit.rate}/{limit.per} with a burst of {limit.burst}"

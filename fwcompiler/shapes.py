@@ -1,0 +1,129 @@
+"""The JSON that commands print, as types; `fwcompiler.schemas` makes JSON Schemas of them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from typing_extensions import TypedDict  # typing's own is not enough for pydantic before Python 3.12
+
+
+class FindingShape(TypedDict):
+    """One finding; `at` is file:line:column."""
+
+    severity: Literal["error", "warning"]
+    code: str
+    message: str
+    at: str | None
+    hint: str
+
+
+class CheckShape(TypedDict):
+    """`check --json`: `left_out` says what could not be done here."""
+
+    ok: bool
+    findings: list[FindingShape]
+    left_out: list[str]
+
+
+AccessShape = TypedDict("AccessShape", {"from": list[str], "to": str, "service": str | None})
+"""`from`: prefixes, ranges `a-b` or `anywhere`; `to`: a protocol with a port or range; `service`: None for none of the policy."""
+
+
+class DiffShape(TypedDict):
+    """`diff --json` and `apply --dry-run --json`."""
+
+    in_sync: bool
+    gained: list[AccessShape]
+    lost: list[AccessShape]
+    changes: list[str]
+
+
+class ApplyShape(DiffShape):
+    """`apply --json`: the difference that was applied, and the generation now in force."""
+
+    applied: bool
+    generation: int
+
+
+class ExplainShape(TypedDict):
+    """`explain --json`."""
+
+    verdict: Literal["accept", "drop", "reject"]
+    service: str | None
+    reason: str
+    at: str | None
+
+
+class CountShape(TypedDict):
+    """Packets and bytes of one counter."""
+
+    packets: int
+    bytes: int
+
+
+class MemberShape(TypedDict):
+    """A dynamic member; `seconds_left` is None for one that stays."""
+
+    address: str
+    seconds_left: int | None
+
+
+class GenerationShape(TypedDict):
+    """A recorded apply."""
+
+    number: int
+    backend: str
+    policy: str
+    name: str
+    applied_at: str
+    applied_by: str
+    applied_from: str
+    fingerprint: str
+
+
+class StatusShape(TypedDict):
+    """`status --json`: `counters` by service and verdict, `drift` what an apply would put right."""
+
+    backend: str
+    in_sync: bool
+    drift: list[str]
+    generation: GenerationShape | None
+    counters: dict[str, dict[str, CountShape]]
+    members: dict[str, list[MemberShape]]
+    second_reading: str | None
+
+
+class CompileShape(TypedDict):
+    """`compile --json`: file name -> text."""
+
+    backend: str
+    files: dict[str, str]
+
+
+class RemoveShape(TypedDict):
+    """`remove --json`: the backends that had something of ours."""
+
+    removed: list[str]
+
+
+BackendShape = TypedDict("BackendShape", {"name": str, "from": str, "usable": bool, "missing": list[str], "error": str | None})
+
+
+class BackendsShape(TypedDict):
+    """`backends --json`."""
+
+    backends: list[BackendShape]
+
+
+ProbeShape = TypedDict(
+    "ProbeShape",
+    {"client": str, "from": str, "to": str, "service": str | None, "reached": bool, "expected": bool},
+)
+
+
+class LabShape(TypedDict):
+    """`lab --json`: every probe, what arrived and what the policy says."""
+
+    backend: str
+    agrees: bool
+    probes: list[ProbeShape]
