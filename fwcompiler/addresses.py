@@ -22,6 +22,8 @@ LOOPBACK: dict[int, Range] = {4: (0x7F000000, 0x7FFFFFFF), 6: (1, 1)}
 MULTICAST: dict[int, Range] = {4: (0xE0000000, 0xEFFFFFFF), 6: (0xFF << 120, LAST[6])}
 _MAPPED: Range = (0xFFFF << 32, (0xFFFF << 32) | LAST[4])
 _OCTETS = {str(n): n for n in range(256)}
+_SPECIAL = frozenset(("0", "127", *(str(n) for n in range(224, 240))))
+"""First octets of addresses that nobody sends from: unspecified, loopback, multicast."""
 
 
 def merged(ranges: Iterable[Range]) -> Ranges:
@@ -229,6 +231,26 @@ def parse_entry(text: str, allow: Iterable[str] = ()) -> Entry:
                 f"address-{kind}", f"`{text}` covers {kind} addresses", f"say `allow: [{kind}]` at this entry if it is meant"
             )
     return entry
+
+
+_SIZES = {str(length): 1 << (32 - length) for length in range(8, 33)} | {"": 1}
+
+
+def parse_plain(text: str) -> Range | None:
+    """The range of an ordinary IPv4 address or prefix, or None for everything that `parse_entry` has to look at.
+
+    List files hold 100,000 of these and little else, and this is three times as fast.
+    """
+    address, _, length = text.partition("/")
+    try:
+        a, b, c, d = address.split(".")
+        low = _OCTETS[a] << 24 | _OCTETS[b] << 16 | _OCTETS[c] << 8 | _OCTETS[d]
+        size = _SIZES[length]
+    except (ValueError, KeyError):
+        return None
+    if low & (size - 1) or a in _SPECIAL or text[-1] == "/":
+        return None
+    return low, low + size - 1
 
 
 def _parse_any(text: str) -> Entry:

@@ -52,7 +52,7 @@ Do = Command | Fill
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Something to do, and what puts it back should a later step fail."""
+    """Something to do, all or nothing, and what puts it back should a later step fail."""
 
     do: Do
     undo: tuple[Do, ...] = ()

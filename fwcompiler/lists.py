@@ -17,7 +17,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from fwcompiler.addresses import AddressError, Addresses, parse_entry
+from fwcompiler.addresses import AddressError, Addresses, parse_entry, parse_plain
 from fwcompiler.diagnostics import Finding, Position, Report, did_you_mean
 from fwcompiler.policy import ListFile
 from fwcompiler.source import list_lines, read_file
@@ -76,6 +76,10 @@ class _Reader:
     def read(self, cells: Iterable[tuple[int, str]]) -> None:
         allow, add = self._allow, self.entries.append
         for number, text in cells:
+            plain = parse_plain(text)
+            if plain is not None:
+                add((4, *plain, number))
+                continue
             try:
                 entry = parse_entry(text, allow)
             except AddressError as error:

@@ -201,6 +201,7 @@ class AddressSet:
     size: int | None = None
     members: tuple[tuple[int, int | None], ...] = field(default=(), compare=False)
     slot: str = field(default="", compare=False)
+    kernel: str = field(default="", compare=False)
     origin: Position | None = field(default=None, compare=False)
 
     @property
@@ -210,8 +211,8 @@ class AddressSet:
 
     @property
     def kernel_name(self) -> str:
-        """The name that the set has in the kernel at present."""
-        return f"{self.name}.{self.slot}" if self.slot else self.name
+        """The name that the set has in the kernel at present; a reader may have found it under another one."""
+        return self.kernel or (f"{self.name}.{self.slot}" if self.slot else self.name)
 
 
 @dataclass(frozen=True, slots=True)

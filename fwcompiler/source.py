@@ -263,7 +263,6 @@ def list_lines(text: str) -> Iterator[tuple[int, str]]:
         stripped = line.strip()
         if not stripped or stripped[0] in "#;":
             continue
-        for mark in "#;":
-            if mark in stripped:
-                stripped = stripped.partition(mark)[0].rstrip()
+        if "#" in stripped or ";" in stripped:
+            stripped = re.split("[#;]", stripped, maxsplit=1)[0].rstrip()
         yield number, stripped

@@ -20,7 +20,6 @@ from fwcompiler_iptables.parse import ALONE, parse_listing
 from fwcompiler_iptables.render import BUILT_IN, Lines, Tables, chain_name, create_words, member_lines, set_name, specs, tables
 
 VERSIONS = (4, 6)
-_NOTHING = Command(("true",))
 
 
 @dataclass(slots=True)
@@ -45,15 +44,11 @@ class Iptables:
         rules = {f"fwc.v{version}": render.table_text(ruleset, version) for version in VERSIONS}
         return Rendered({"fwc.ipset": render.sets_text(ruleset), **rules})
 
-    def set_name(self, each: AddressSet) -> str:
-        """The name that the set has in the kernel at present."""
-        return set_name(each.name, each.slot)
-
     def load(self, ruleset: Ruleset) -> Sequence[Step]:
         """An update from nothing; the jump comes with the rules of its family."""
         return self.update(Ruleset(), ruleset, ())
 
-    def listing(self) -> Sequence[Command]:
+    def listing(self, *, big: bool = False) -> Sequence[Command]:  # noqa: ARG002 - these never read a set's content
         """Rules of both families, then the heads of all sets.
 
         The legacy program gets no ``-t filter``: naming a table would register it where nobody uses it.
@@ -90,7 +85,7 @@ class Iptables:
             forth = _delta(version, found[version], aims[version], sets.slots_before, sets.slots_after)
             if forth:
                 back = _delta(version, aims[version], found[version], sets.slots_after, sets.slots_before)
-                steps += self._rules(version, forth, back)
+                steps.append(self._rules(version, forth, back))
         return (*steps, *sets.after())
 
     def remove(self, live: Ruleset) -> Sequence[Step]:
@@ -107,28 +102,20 @@ class Iptables:
             forth = _delta(version, found, nothing, slots, {})
             if forth:
                 back = _delta(version, nothing, found, {}, slots)
-                steps += self._rules(version, _with_base_chains(forth, found) if empty else forth, back)
+                steps.append(self._rules(version, _with_base_chains(forth, found) if empty else forth, back))
                 if empty:
                     steps.append(Step(Command((self._program(version, "restore"), "-w", "5"), "*filter\nCOMMIT\n")))
         return (*steps, *_Sets(live, Ruleset(), (), set()).after())
 
-    def _rules(self, version: int, forth: Lines, back: Lines | None) -> Sequence[Step]:
+    def _rules(self, version: int, forth: Lines, back: Lines | None) -> Step:
         do, undo = (self._restore(version, lines) for lines in (forth, back or Lines()))
-        return _atomic(do, undo)
+        return Step(do, (undo,))
 
     def _restore(self, version: int, lines: Lines) -> Command:
         return Command((self._program(version, "restore"), "--noflush", "-w", "5", "-c"), lines.text(), origins=lines.origins)
 
     def _program(self, version: int, verb: str) -> str:
         return f"ip{'6' if version == 6 else ''}tables-{self.variant}-{verb}"
-
-
-def _atomic(do: Do, undo: Do) -> Sequence[Step]:
-    """A step that does all or nothing, and whose undo is wrong where it did nothing.
-
-    A runner may run the undo of the very step that failed, so this one's is armed by a step of its own.
-    """
-    return Step(do), Step(_NOTHING, (undo,))
 
 
 def _same(found: Tables, aim: Tables) -> bool:
@@ -258,7 +245,7 @@ class _Sets:
             yield Step(Fill("ipset", kernel, each.version, change.add, change.remove), (back,))
         for each in self.swapped:
             swap = Command(("ipset", "swap", set_name(each.name, self._free_slot(each)), self._kernel(each)))
-            yield from _atomic(swap, swap)
+            yield Step(swap, (swap,))
 
     def after(self) -> Iterator[Step]:
         """Sets that nothing uses any more. The undo of each puts it back as far as its content is known."""

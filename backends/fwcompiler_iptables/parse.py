@@ -199,9 +199,9 @@ def _read_set(kernel: str, kind: str, header: str) -> AddressSet | None:
     if {"netmask", "counters", "comment", "skbinfo", "forceadd", "bitmask"} & set(words):
         return None
     if kind == "hash:net" and "timeout" not in values:
-        return AddressSet(name[0], name[1], slot=name[2])
+        return AddressSet(name[0], name[1], slot=name[2], kernel=kernel)
     if kind == "hash:ip" and "timeout" in values:
-        return AddressSet(name[0], name[1], timeout=int(values["timeout"]), size=int(values["maxelem"]), slot=name[2])
+        return AddressSet(name[0], name[1], timeout=int(values["timeout"]), size=int(values["maxelem"]), slot=name[2], kernel=kernel)
     return None
 
 

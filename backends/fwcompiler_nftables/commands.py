@@ -87,6 +87,7 @@ class _Update:
         self.remade = [s for s in wanted.sets if s.name in self.old_sets and s.dynamic and _spec(s) != _spec(self.old_sets[s.name])]
         self.gone_sets = [s for s in live.sets if s.name not in {w.name for w in wanted.sets}]
         self.changed = [c for c in wanted.chains if self.old_chains.get(c.name) != c]
+        self.strays = {what.removeprefix("set ") for what in live.others if what.startswith("set ")}
         self.gone_chains = [c for c in live.chains if c.name not in {w.name for w in wanted.chains}]
 
     def steps(self) -> Sequence[Step]:
@@ -97,7 +98,8 @@ class _Update:
         undo = (self._undo_beforehand(beforehand),) if beforehand else ()
         steps: list[Step] = []
         if beforehand:
-            lines = [f"add table {TABLE}", *(self._set_line(s) for s in beforehand)]
+            cleared = [f"delete set {TABLE} {s.kernel_name}" for s in beforehand if s.kernel_name in self.strays]
+            lines = [f"add table {TABLE}", *cleared, *(self._set_line(s) for s in beforehand)]
             steps.append(Step(_script((line, None) for line in lines), undo))
             steps += [Step(Fill("nft", s.kernel_name, s.version, s.ranges)) for s in beforehand]
         steps.append(Step(_script(self._transaction(beforehand, twins))))
@@ -117,7 +119,7 @@ class _Update:
         return len(change.set.ranges) > INLINE or len(change.add) + len(change.remove) > INLINE
 
     def _twin(self, wanted: AddressSet) -> AddressSet:
-        return replace(wanted, slot="" if self.old_sets[wanted.name].slot else "b")
+        return replace(wanted, slot="" if self.old_sets[wanted.name].slot else "b", kernel="")
 
     def _undo_beforehand(self, beforehand: list[AddressSet]) -> Command:
         if not self.live:
@@ -136,12 +138,12 @@ class _Update:
         touched = [c for c in self.wanted.chains if c in self.changed or _uses(c, moving)]
         moved = [c for c in touched if c.name in self.old_chains and self.old_chains[c.name].hook != c.hook]
         yield f"add table {TABLE}", None
-        yield from self._gone(touched, moved, flipped)
+        yield from self._gone(touched, moved, flipped, {s.kernel_name for s in beforehand})
         yield from self._new_objects({s.name for s in beforehand})
         yield from self._new_chains(touched, moved, names)
         yield from self._small_contents(flipped)
 
-    def _gone(self, touched: list[Chain], moved: list[Chain], flipped: set[str]) -> Iterable[Line]:
+    def _gone(self, touched: list[Chain], moved: list[Chain], flipped: set[str], beforehand: set[str]) -> Iterable[Line]:
         for chain in (*self.gone_chains, *touched):
             if chain.name in self.old_chains:
                 yield f"flush chain {TABLE} {chain.name}", None
@@ -151,6 +153,8 @@ class _Update:
             yield f"delete set {TABLE} {self.old_sets[each.name].kernel_name}", each.origin
         for what in self.live.others:
             kind, _, name = what.partition(" ")
+            if kind == "set" and name in beforehand:
+                continue
             yield f"delete {kind} {TABLE} {name}", None
         for name in self.live.counters():
             if name not in self.wanted.counters():

@@ -101,12 +101,23 @@ def parse_listing(text: str) -> Ruleset:
         for item in objects
         if "chain" in item
     )
-    sets = [s for item in objects if "set" in item and (s := _set(item["set"]))]
+    sets, twins = _one_of_twins([s for item in objects if "set" in item and (s := _set(item["set"]))], text)
     counters = {item["counter"]["name"] for item in objects if "counter" in item}
     ruleset = Ruleset(chains, tuple(sorted(sets, key=lambda s: s.name)))
     unused = [f"counter {name}" for name in sorted(counters - set(ruleset.counters()))]
     others = [f"{kind} {value['name']}" for item in objects for kind, value in item.items() if _is_other(kind, value)]
-    return Ruleset(ruleset.chains, ruleset.sets, (*others, *unused))
+    return Ruleset(ruleset.chains, ruleset.sets, (*others, *twins, *unused))
+
+
+def _one_of_twins(sets: list[AddressSet], text: str) -> tuple[list[AddressSet], list[str]]:
+    """Where a set is there under both slots, a crash left one behind: the one that rules name is the set."""
+    found: dict[str, AddressSet] = {}
+    strays: list[str] = []
+    for each in sorted(sets, key=lambda s: (f'"@{s.kernel_name}"' in text, not s.slot)):
+        if each.name in found:
+            strays.append(f"set {found[each.name].kernel_name}")
+        found[each.name] = each
+    return list(found.values()), strays
 
 
 def read_counters(text: str) -> Mapping[str, tuple[int, int]]:

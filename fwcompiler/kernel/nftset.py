@@ -104,6 +104,8 @@ def change_many(changes: Iterable[Change], *, generation: int | None = None, tab
                 break
             try:
                 _carry_out(channel, wanted, present, table)
+            except Unacknowledged:
+                raise  # it may have been carried out: doing it again is not for us to decide
             except HostRefused:
                 # What was found out about the set holds for the generation it was read in, so all else waits.
                 if _generation(channel) == present:
@@ -158,9 +160,10 @@ def add_member(name: str, version: int, address: int, timeout_ms: int | None = N
 
 
 def add_members(name: str, version: int, entries: Iterable[Member], *, table: str = TABLE) -> None:
-    """:func:`add_member` for many, as one transaction. None: the set's own timeout."""
+    """:func:`add_member` for many, as one transaction. None: the set's own timeout; who has no time left stays out."""
     where, work = _Set(name, version, table), _Transaction()
-    unique = list(dict(entries).items())
+    # A timeout of zero would mean the opposite: for ever.
+    unique = [(address, timeout) for address, timeout in dict(entries).items() if timeout is None or timeout > 0]
     for start in range(0, len(unique), 1000):
         part = unique[start : start + 1000]
         fresh = b"".join(member(version, address, timeout) for address, timeout in part)
@@ -228,9 +231,9 @@ def _transaction(changes: list[Change], generation: int, table: str) -> _Transac
 def _fits(channel: Channel, change: Change, table: str) -> bool:
     """True when the kernel can be trusted with the change as it is.
 
-    It looks at borders, not at intervals: before 7.0, removing a-d from a-b, c-d leaves b and c behind, and c then
-    reaches to the last address there is. (Stable kernels, 6.18 here, learned to refuse that.) An interval without
-    an end is not compared with others at all.
+    It compares borders. Where nothing more is compared, removing a-d from a-b, c-d leaves b and c behind, and c then
+    reaches to the last address there is; 6.18.44 refuses that, but takes an interval without an end over others, and
+    others over it.
     """
     name, version, add, remove = change
     where, last = _Set(name, version, table), LAST[version]

@@ -133,19 +133,19 @@ def execute(steps: Sequence[Step]) -> None:
         for together, group in groupby(steps, key=lambda s: isinstance(s.do, Fill) and s.do.kind == "nft"):
             batch = list(group)
             if together:
-                undo[:0] = [u for s in reversed(batch) for u in s.undo]
                 _fill_nft([cast(Fill, s.do) for s in batch])
+                undo[:0] = [u for s in reversed(batch) for u in s.undo]
                 continue
             for step in batch:
-                undo[:0] = step.undo
                 _do(step.do)
+                undo[:0] = step.undo
     except BaseException as error:
         _undo(undo, error)
         raise
 
 
 def _undo(undo: Sequence[Do], error: BaseException) -> None:
-    """Put back what was done. A step's own undo runs too: it may have got half way."""
+    """Put back what was done, the last step first."""
     failed: list[str] = []
     for each in undo:
         try:

@@ -134,7 +134,7 @@ class Program:
                 mask &= self._match(match, point)
             if not mask:
                 return 0, 0
-        return (0, mask if rule.verdict is not None else 0) if unsure else (mask, 0)
+        return (0, mask) if unsure else (mask, 0)
 
     def _match(self, match: Match, point: Point) -> int:
         everyone = self._atoms.everyone

@@ -12,9 +12,9 @@ from fwcompiler_iptables import legacy, nft
 from fwcompiler_iptables.commands import Iptables
 
 from fwcompiler.addresses import LOOPBACK, Ranges, merged, subtract
-from fwcompiler.backend import Command, Do, Fill, SetChange, Step
+from fwcompiler.backend import Command, Fill, SetChange, Step
 from fwcompiler.diagnostics import HostRefused
-from fwcompiler.kernel import ipset
+from fwcompiler.kernel import ipset, runner
 from fwcompiler.kernel.netns import scratch
 from fwcompiler.ruleset import (
     AddressSet,
@@ -119,39 +119,15 @@ def shell(text: str, stdin: str = "") -> str:
     return subprocess.run(("sh", "-c", text), input=stdin, capture_output=True, text=True, check=True).stdout
 
 
-def do(what: Do) -> str:
-    """What the executor of the tool does with one step, without its error messages."""
-    if isinstance(what, Fill):
-        ipset.change(what.set, what.version, what.add, what.remove)
-        return ""
-    result = subprocess.run(what.argv, input=what.stdin, capture_output=True, text=True, check=False)
-    if result.returncode and not (what.missing_ok and "does not exist" in result.stderr):
-        raise HostRefused(f"{what.argv} {result.stderr} {what.stdin}")
-    return result.stdout
-
-
-def run(steps: Sequence[Step]) -> None:
-    """Run steps; after a failure undo all that was begun, the failed step included, as the tool's executor does."""
-    undo: list[Do] = []
-    try:
-        for step in steps:
-            undo[:0] = step.undo
-            do(step.do)
-    except HostRefused:
-        for each in undo:
-            do(each)
-        raise
-
-
 def listed(backend: Iptables) -> Ruleset:
     """The live ruleset as the backend reads it."""
-    return backend.parse([do(c) for c in backend.listing()])
+    return backend.parse(runner.outputs(backend.listing()))
 
 
 def wanted(backend: Iptables, ruleset: Ruleset) -> Ruleset:
     """A ruleset in the form a kernel gives back, set contents grafted on."""
     with scratch() as other, other.entered():
-        run(backend.load(ruleset))
+        runner.execute(backend.load(ruleset))
         read = listed(backend)
     contents = {s.name: s.ranges for s in ruleset.sets}
     return replace(read, sets=tuple(replace(s, ranges=contents[s.name]) for s in read.sets))
@@ -200,7 +176,7 @@ class TestLoad:
     def test_read_back(self, backend: Iptables) -> None:
         """What is loaded is read back rule for rule, with each rule's family named; only the jumps are new."""
         ruleset = policy()
-        run(backend.load(ruleset))
+        runner.execute(backend.load(ruleset))
         live = listed(backend)
 
         assert Chain("INPUT", tuple(Rule((Family(v),), Jump("input")) for v in (4, 6)), Hook("input", 0, "accept")) == live.chains[0]
@@ -210,7 +186,7 @@ class TestLoad:
 
     def test_contents(self, backend: Iptables) -> None:
         """Static sets hold their content, dynamic ones start empty."""
-        run(backend.load(policy()))
+        runner.execute(backend.load(policy()))
 
         assert ipset.read("fwc-carriers4") == CARRIERS
         assert ipset.read("fwc-carriers6") == CARRIERS6
@@ -238,7 +214,7 @@ class TestLoad:
         # The kernel lists addresses and interfaces before the rest, which is the order above.
         ruleset = policy(sip=members)
         assert list(backend.refuse(ruleset)) == []
-        run(backend.load(ruleset))
+        runner.execute(backend.load(ruleset))
 
         got, want = listed(backend).chain("service.sip").rules, explicit(ruleset)["service.sip"]
         assert sorted(map(meaning, want)) == sorted(map(meaning, got))
@@ -250,7 +226,7 @@ class TestLoad:
             Rule((InRanges("source", 4, spans),), Final.DROP, log_prefix="x: "),
             Rule((InRanges("source", 4, spans, negated=True),), Final.RETURN),
         )
-        run(backend.load(policy(sip=members)))
+        runner.execute(backend.load(policy(sip=members)))
         rules = listed(backend).chain("service.sip").rules
 
         for span in spans:
@@ -277,7 +253,7 @@ class TestLoad:
         ghost = Rule((InSet("source", "ghost.v6", 6),), Final.ACCEPT, "sip")
 
         with pytest.raises(HostRefused, match="ghost6"):
-            run(backend.load(policy(sip=(ghost,))))
+            runner.execute(backend.load(policy(sip=(ghost,))))
         assert before == everything(backend)
 
     def test_refused_set(self, backend: Iptables) -> None:
@@ -285,7 +261,7 @@ class TestLoad:
         shell("ipset create fwc-carriers6 hash:ip family inet6")
 
         with pytest.raises(HostRefused, match="already exists"):
-            run(backend.load(policy()))
+            runner.execute(backend.load(policy()))
         assert shell("ipset list -n").replace("fwc-carriers6\n", "") == ""
 
 
@@ -350,7 +326,7 @@ class TestByHand:
 
     def type_in(self, backend: Iptables, typed: Sequence[tuple[str, int]]) -> None:
         """Load the policy, then append rules the way a person does."""
-        run(backend.load(policy()))
+        runner.execute(backend.load(policy()))
         shell(f"iptables-{backend.variant} -N theirs; ipset create other hash:ip")
         for text, version in typed:
             shell(f"{'ip6tables' if version == 6 else 'iptables'}-{backend.variant} -A FWC-s.sip {text}")
@@ -380,9 +356,9 @@ class TestByHand:
         broken = replace(aim, chains=tuple(replace(c, rules=(*c.rules, ghost)) if c.name == "service.sip" else c for c in aim.chains))
 
         with pytest.raises(HostRefused, match="ghost6"):
-            run(backend.update(live, broken, ()))
+            runner.execute(backend.update(live, broken, ()))
         assert before == everything(backend)
-        run(backend.update(live, aim, ()))
+        runner.execute(backend.update(live, aim, ()))
         assert aim == replace(listed(backend), sets=aim.sets)
 
 
@@ -391,30 +367,30 @@ class TestUpdate:
 
     def test_no_difference(self, backend: Iptables) -> None:
         """Same rules, same contents: nothing to do."""
-        run(backend.load(policy()))
+        runner.execute(backend.load(policy()))
 
         assert tuple(backend.update(listed(backend), wanted(backend, policy()), ())) == ()
 
     def test_one_element(self, backend: Iptables) -> None:
         """A single prefix more or less is changed in the set itself."""
-        run(backend.load(policy()))
+        runner.execute(backend.load(policy()))
         for old, new in ((CARRIERS, merged((*CARRIERS, (7, 7)))), (merged((*CARRIERS, (7, 7))), CARRIERS), (CARRIERS, CARRIERS[1:])):
             aim = wanted(backend, policy(carriers=new))
             ipset.change("fwc-carriers4", 4, old, ())
             steps = backend.update(listed(backend), aim, [change(aim, "carriers.v4", old, new)])
-            run(steps)
+            runner.execute(steps)
 
             assert [Fill] == [type(s.do) for s in steps]
             assert new == ipset.read("fwc-carriers4")
 
     def test_many_elements(self, backend: Iptables) -> None:
         """More goes into a twin that is swapped in; the rules are not touched and no twin stays."""
-        run(backend.load(policy()))
+        runner.execute(backend.load(policy()))
         new = merged((i << 8, i << 8) for i in range(2000))
         aim = wanted(backend, policy(carriers=new))
         rules = shell(f"iptables-{backend.variant}-save")
         steps = backend.update(listed(backend), aim, [change(aim, "carriers.v4", CARRIERS, new)])
-        run(steps)
+        runner.execute(steps)
 
         assert new == ipset.read("fwc-carriers4")
         assert rules.split("\n")[1:-2] == shell(f"iptables-{backend.variant}-save").split("\n")[1:-2]
@@ -424,11 +400,11 @@ class TestUpdate:
     def test_rules_with_content(self, backend: Iptables) -> None:
         """Where rules and content change, the rules move over to the twin; the next such change moves them back."""
         old = CARRIERS
-        run(backend.load(policy()))
+        runner.execute(backend.load(policy()))
         for extra, new, name in ((1, ((1, 9), (99, 99)), "fwc-carriers4b"), (2, ((5, 5),), "fwc-carriers4")):
             sip = tuple(Rule((InRanges("source", 4, ((i << 9, i << 9),)),), Final.ACCEPT, "sip") for i in range(extra))
             aim = wanted(backend, policy(carriers=new, sip=sip))
-            run(backend.update(listed(backend), aim, [change(aim, "carriers.v4", old, new)]))
+            runner.execute(backend.update(listed(backend), aim, [change(aim, "carriers.v4", old, new)]))
             old = new
 
             assert new == ipset.read(name)
@@ -438,7 +414,7 @@ class TestUpdate:
 
     def test_failed_flip(self, backend: Iptables) -> None:
         """A flip that fails in IPv6 leaves the old set with its content in the old rules."""
-        run(backend.load(policy()))
+        runner.execute(backend.load(policy()))
         before = everything(backend)
         sip = (Rule((InRanges("source", 4, ((5, 5),)),), Final.ACCEPT, "sip"), Rule((Family(6), ProtocolIs(50)), Final.ACCEPT, "sip"))
         aim = wanted(backend, policy(carriers=((1, 9),), sip=sip))
@@ -449,18 +425,18 @@ class TestUpdate:
         steps[place] = replace(steps[place], do=replace(broken, stdin=broken.stdin.replace("-p 50", "-p no-such-protocol")))
 
         with pytest.raises(HostRefused):
-            run(steps)
+            runner.execute(steps)
         assert before == everything(backend)
         assert ipset.read("fwc-carriers4") == CARRIERS
 
     def test_lost_jump(self, backend: Iptables) -> None:
         """A jump that somebody flushed away is put first again, one that is there twice is there once."""
-        run(backend.load(policy()))
+        runner.execute(backend.load(policy()))
         aim = wanted(backend, policy())
         shell(f"iptables-{backend.variant} -F INPUT; iptables-{backend.variant} -A INPUT -s 192.0.2.9 -j DROP")
         shell(f"ip6tables-{backend.variant} -A INPUT -j FWC-input; ip6tables-{backend.variant} -A INPUT -i lo -j FWC-input")
         assert aim != replace(listed(backend), sets=aim.sets)
-        run(backend.update(listed(backend), aim, ()))
+        runner.execute(backend.update(listed(backend), aim, ()))
 
         assert aim == replace(listed(backend), sets=aim.sets)
         assert shell(f"iptables-{backend.variant} -S INPUT").split("\n")[1:3] == [
@@ -471,7 +447,7 @@ class TestUpdate:
 
     def test_only_what_changed(self, backend: Iptables) -> None:
         """A rule of one family and chain touches this chain in this family and nothing else."""
-        run(backend.load(policy()))
+        runner.execute(backend.load(policy()))
         aim = wanted(backend, policy(sip=(Rule((InRanges("source", 6, ((5, 5),)),), Final.ACCEPT, "sip"),)))
         steps = [s.do for s in backend.update(listed(backend), aim, ()) if s.do != Command(("true",))]
 
@@ -479,22 +455,22 @@ class TestUpdate:
         assert isinstance(steps[0], Command)
         assert steps[0].argv[0].startswith("ip6tables")
         assert [line for line in steps[0].stdin.split("\n") if line.startswith(":")] == [":FWC-s.sip - [0:0]"]
-        run([Step(s) for s in steps])
+        runner.execute([Step(s) for s in steps])
         assert aim == replace(listed(backend), sets=aim.sets)
 
     def test_counters_survive(self, backend: Iptables) -> None:
         """A rule that stays keeps what it has counted, also in a chain that is replaced; both families add up."""
-        run(backend.load(policy()))
+        runner.execute(backend.load(policy()))
         shell(
             'ip link set lo up; python3 -c \'import socket; s = socket.socket(socket.AF_INET, 2); s.sendto(b"12345678", ("127.0.0.1", 9))\''
         )
-        before = backend.counters([do(c) for c in backend.listing()])
+        before = backend.counters(runner.outputs(backend.listing()))
         new = replace(
             policy(), chains=tuple(replace(c, rules=c.rules[:1] + c.rules[4:]) for c in policy().chains[:1]) + policy().chains[1:]
         )
         aim = wanted(backend, new)
-        run(backend.update(listed(backend), aim, ()))
-        after = backend.counters([do(c) for c in backend.listing()])
+        runner.execute(backend.update(listed(backend), aim, ()))
+        after = backend.counters(runner.outputs(backend.listing()))
 
         assert before["loopback.accept"] >= (1, 36)
         assert before["loopback.accept"] == after["loopback.accept"]
@@ -503,14 +479,14 @@ class TestUpdate:
 
     def test_members_survive(self, backend: Iptables) -> None:
         """Dynamic members outlive every update; a set whose size changes is built anew with the time they had left."""
-        run(backend.load(policy()))
+        runner.execute(backend.load(policy()))
         ipset.add_members("fwc-agents~4", 4, [(5, 1000), (6, None)])
         for ruleset, name in ((policy(sip=(Rule((Family(4),), Final.DROP, "sip"),)), "fwc-agents~4"), (policy(size=100), "fwc-agents~4b")):
             live = listed(backend)
             held = tuple((a, None if t is None else t * 1000) for a, t in ipset.members("fwc-agents~4"))
             live = replace(live, sets=tuple(replace(s, members=held) if s.dynamic else s for s in live.sets))
             aim = wanted(backend, ruleset)
-            run(backend.update(live, aim, ()))
+            runner.execute(backend.update(live, aim, ()))
             (five, left), forever = ipset.members(name)
 
             assert aim == replace(listed(backend), sets=aim.sets)
@@ -520,10 +496,10 @@ class TestUpdate:
 
     def test_group_and_chain_gone(self, backend: Iptables) -> None:
         """Chains and sets that the policy no longer has are taken out, sets last."""
-        run(backend.load(policy()))
+        runner.execute(backend.load(policy()))
         small = Ruleset((Chain("input", (Rule((), Final.DROP, "other"),), Hook("input", 0, "drop")),))
         aim = wanted(backend, small)
-        run(backend.update(listed(backend), aim, ()))
+        runner.execute(backend.update(listed(backend), aim, ()))
 
         assert aim == listed(backend)
         assert shell("ipset list -n") == ""
@@ -531,12 +507,12 @@ class TestUpdate:
 
     def test_leftovers(self, backend: Iptables) -> None:
         """A twin that a crash left behind, and a set of ours with a strange type, are found and cleared away."""
-        run(backend.load(policy()))
+        runner.execute(backend.load(policy()))
         shell("ipset create fwc-carriers4b hash:net; ipset create fwc-odd list:set")
         live = listed(backend)
         assert live.others == ("set fwc-carriers4b", "set fwc-odd")
         aim = wanted(backend, policy(carriers=((1, 9),)))
-        run(backend.update(live, aim, [change(aim, "carriers.v4", CARRIERS, ((1, 9),))]))
+        runner.execute(backend.update(live, aim, [change(aim, "carriers.v4", CARRIERS, ((1, 9),))]))
 
         assert ipset.read("fwc-carriers4") == ((1, 9),)
         assert aim == replace(listed(backend), sets=aim.sets)
@@ -549,9 +525,9 @@ class TestRemove:
         """Rules, chains, policies and sets of others are byte for byte what they were, in their order."""
         foreign(backend)
         before = everything(backend)
-        run(backend.load(policy()))
+        runner.execute(backend.load(policy()))
         assert before != everything(backend)
-        run(backend.remove(listed(backend)))
+        runner.execute(backend.remove(listed(backend)))
 
         assert before == everything(backend)
         assert not listed(backend)
@@ -561,8 +537,8 @@ class TestRemove:
         if backend.variant == "legacy":
             shell("iptables-legacy -nL; ip6tables-legacy -nL")
         before = everything(backend)
-        run(backend.load(policy()))
-        run(backend.remove(listed(backend)))
+        runner.execute(backend.load(policy()))
+        runner.execute(backend.remove(listed(backend)))
 
         assert before == everything(backend)
 
@@ -571,23 +547,23 @@ class TestRemove:
         with scratch() as other, other.entered():
             foreign(backend)
             alone = everything(backend)
-        run(backend.load(policy()))
+        runner.execute(backend.load(policy()))
         foreign(backend)
-        run(backend.remove(listed(backend)))
+        runner.execute(backend.remove(listed(backend)))
 
         assert alone == everything(backend)
 
     def test_race(self, backend: Iptables) -> None:
         """A rule that somebody adds between the listing and the removal is not taken out with an emptied table."""
-        run(backend.load(policy()))
+        runner.execute(backend.load(policy()))
         live = listed(backend)
         shell(f"iptables-{backend.variant} -A FORWARD -s 192.0.2.9 -j DROP")
         before = everything(backend)
         if backend.variant == "nft":
             with pytest.raises(HostRefused):
-                run(backend.remove(live))
+                runner.execute(backend.remove(live))
             assert before == everything(backend)
-        run(backend.remove(listed(backend)))
+        runner.execute(backend.remove(listed(backend)))
 
         assert "-A FORWARD -s 192.0.2.9/32 -j DROP" in everything(backend)
         assert "FWC" not in everything(backend)
@@ -596,9 +572,9 @@ class TestRemove:
         """A ruleset that has been updated, with twins in place, is removed as completely."""
         foreign(backend)
         before = everything(backend)
-        run(backend.load(policy()))
+        runner.execute(backend.load(policy()))
         aim = wanted(backend, policy(carriers=((1, 9),), sip=(Rule((InRanges("source", 4, ((5, 5),)),), Final.ACCEPT, "sip"),)))
-        run(backend.update(listed(backend), aim, [change(aim, "carriers.v4", CARRIERS, ((1, 9),))]))
-        run(backend.remove(listed(backend)))
+        runner.execute(backend.update(listed(backend), aim, [change(aim, "carriers.v4", CARRIERS, ((1, 9),))]))
+        runner.execute(backend.remove(listed(backend)))
 
         assert before == everything(backend)

@@ -163,6 +163,7 @@ class TestAround:
         ruleset = parse_listing(("", ""), odd)
 
         assert ruleset.sets == (AddressSet("agents.dynamic.v6", 6, timeout=43200, size=4096), AddressSet("carriers.v4", 4))
+        assert [s.kernel_name for s in ruleset.sets] == ["fwc-agents~6", "fwc-carriers4"]
         assert ruleset.others == ("set fwc-a4",)
 
     @pytest.mark.parametrize(("matched", "slot", "left"), [("", "", "fwc-carriers4b"), ("b", "b", "fwc-carriers4")])

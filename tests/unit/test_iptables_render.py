@@ -247,9 +247,13 @@ class TestSteps:
         steps = nft.update(self.BASE, replace(self.BASE, sets=(wanted,)), [SetChange(wanted, wanted.ranges, ((1, 1),))])
         swap = Command(("ipset", "swap", "fwc-a4b", "fwc-a4"))
 
-        assert [s.do for s in steps[1:4]] == [Fill("ipset", "fwc-a4b", 4, wanted.ranges), swap, Command(("true",))]
-        assert steps[3].undo == (swap,)
-        assert steps[4].undo[1] == Fill("ipset", "fwc-a4b", 4, ((1, 1),))
+        assert [s.do for s in steps[1:4]] == [
+            Fill("ipset", "fwc-a4b", 4, wanted.ranges),
+            swap,
+            Command(("ipset", "destroy", "fwc-a4b"), missing_ok=True),
+        ]
+        assert steps[2].undo == (swap,)
+        assert steps[3].undo[1] == Fill("ipset", "fwc-a4b", 4, ((1, 1),))
 
     def test_origins(self) -> None:
         """A line that iptables refuses can be traced to the policy."""
