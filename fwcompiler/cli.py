@@ -12,6 +12,9 @@ import sys
 from fwcompiler import __version__
 
 WITH_VALUE = ("--backend", "--host", "--netns", "--state-dir")
+EXIT_USAGE = 2
+BROKEN_PIPE = 141
+"""What a shell shows for a program that SIGPIPE ended; the command did not get to its end."""
 FLAGS = ("--json", "--no-color", "-q", "--quiet", "-v", "--verbose")
 
 
@@ -28,15 +31,22 @@ def run(arguments: list[str]) -> int:
     # Nothing here lives long enough for cycles to matter, and collecting over 100,000 addresses takes time.
     gc.disable()
     try:
-        code = _dispatch(common_first(arguments))
-        sys.stdout.flush()
-        return code
+        code = _dispatch(common_first(arguments or ["--help"]))
+        return _flushed(code if arguments else EXIT_USAGE)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return _flushed(BROKEN_PIPE)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _flushed(code: int) -> int:
+    """What was done was done, also where nobody reads to the end."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code
 
 
 def common_first(arguments: list[str]) -> list[str]:

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="fwc",
     help="The firewall compiler for VoIP dialer hosts. Common options may stand before or after a command's arguments.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -177,6 +176,7 @@ def apply(
             planned, _ = plan(compiled, host)
             _show_plan(planned, compiled, options)
             return EXIT_OK if planned.in_sync else EXIT_DIFFERS
+        _must_ask(yes)
         with host.state.lock():
             planned, wanted = plan(compiled, host)
             if not planned.in_sync:
@@ -194,11 +194,14 @@ def apply(
     return EXIT_OK
 
 
+def _must_ask(yes: bool) -> None:
+    if not yes and not sys.stdin.isatty():
+        raise UsageError("nobody to ask: standard input is no terminal; nothing was changed", hint="say --yes")
+
+
 def _ask(yes: bool) -> None:
     if yes:
         return
-    if not sys.stdin.isatty():
-        raise UsageError("nobody to ask: standard input is no terminal; nothing was changed", hint="say --yes")
     print("apply this? [y/N] ", end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise UsageError("not applied; nothing was changed")
@@ -274,6 +277,7 @@ def remove(
     names = [_backend(options).name] if options.backend else list(installed())
     backends = [b for b in map(load, names) if options.backend or all(find(p) for p in b.programs)]
     state = _state(options)
+    _must_ask(yes)
     with _target(options) as namespace, state.lock():
         if not yes:
             print("this takes out all rules of fwc; what they protected is open then", file=sys.stderr)

@@ -135,29 +135,20 @@ class LabResult:
         return all(o.agrees for o in self.outcomes)
 
     def as_json(self) -> dict[str, Any]:
-        """The shape of `lab --json`."""
-        return {
-            "policy": self.policy,
-            "backend": self.backend,
-            "agrees": self.agrees,
-            "host": [address_text(v, a) for v, a in self.plan.host.items()],
-            "clients": [{"name": c.name, "addresses": [address_text(v, a) for v, a in c.addresses.items()]} for c in self.plan.clients],
-            "packets": [_outcome_json(o) for o in self.outcomes],
-            "left_out": list(self.plan.left_out),
-        }
+        """The shape of `lab --json`: `fwcompiler.shapes.LabShape`."""
+        probes = [_probe_json(o) for o in self.outcomes]
+        return {"backend": self.backend, "agrees": self.agrees, "probes": probes, "left_out": list(self.plan.left_out)}
 
 
-def _outcome_json(outcome: Outcome) -> dict[str, Any]:
+def _probe_json(outcome: Outcome) -> dict[str, Any]:
     trial = outcome.trial
     return {
-        "from": trial.client.name,
-        "address": address_text(trial.version, trial.packet.source),
+        "client": trial.client.name,
+        "from": address_text(trial.version, trial.packet.source),
         "to": trial.target.text(trial.version),
         "service": trial.target.service if trial.target.service not in (PING, NO_SERVICE) else None,
-        "result": _word(outcome.reached),
-        "expected": _word(trial.expected),
-        "reason": outcome.reason,
-        "at": str(outcome.at) if outcome.at else None,
+        "reached": outcome.reached,
+        "expected": trial.expected,
     }
 
 
@@ -197,9 +188,13 @@ def _outcome(policy: Resolved, trial: Trial, reached: bool) -> Outcome:
 # Who is in the lab.
 
 
-def plan_lab(policy: Resolved) -> LabPlan:
-    """Clients, targets and packets for a policy, and what the policy says about each packet."""
-    clients, left_out = choose_clients(policy)
+def plan_lab(policy: Resolved, others: Iterable[Client] = ()) -> LabPlan:
+    """Clients, targets and packets for a policy, and what the policy says about each packet.
+
+    ``others`` come along with those that the policy asks for; the caller sees to it that stations can have their addresses.
+    """
+    chosen, left_out = choose_clients(policy)
+    clients = (*chosen, *others)
     host = {v: _host_address(policy, v, clients) for v in FAMILIES}
     meaning = clauses(policy)
     stations, homes = _stations(meaning, clients)

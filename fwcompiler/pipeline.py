@@ -128,6 +128,7 @@ def observe(host: Host, known: Mapping[str, Ranges] | None = None) -> Ruleset:
     """
     backend = host.backend
     runner.require(backend.programs)
+    netns.require_host()
     known = remembered(host) if known is None else known
     big = any(len(ranges) > kernel.READ_WHOLE for ranges in known.values())
     with host.namespace.entered():
@@ -138,8 +139,10 @@ def observe(host: Host, known: Mapping[str, Ranges] | None = None) -> Ruleset:
 def plan(compiled: Compiled, host: Host) -> tuple[Plan, NormalForm]:
     """Everything an apply would do, with nothing done yet."""
     refuse_shrinking(compiled.resolved, host.state)
+    # The host first: trying rules out without root moves this process into a namespace of its own.
+    live = observe(host)
     wanted = normal_form(compiled, host.backend)
-    return make_plan(host.backend, observe(host), wanted.ruleset), wanted
+    return make_plan(host.backend, live, wanted.ruleset), wanted
 
 
 def list_sizes(resolved: Resolved) -> dict[str, int]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from fwcompiler.addresses import BITS, EVERYONE
 from fwcompiler.diagnostics import Finding
 from fwcompiler.plan import Plan
-from fwcompiler.proof.access import Access
+from fwcompiler.proof.access import LOOPBACK_ADDRESSES, Access
 from fwcompiler.proof.meaning import Explanation
 from fwcompiler.resolve import Resolved
 
@@ -65,7 +66,7 @@ def diff_text(plan: Plan, policy: Resolved | None, *, color: bool, whole: bool =
     for title, sign, tint, parts in (("gained", "+", green, plan.access.gained), ("lost", "-", red, plan.access.lost)):
         if parts:
             lines.append(f"{bold}access {title}{off}")
-            lines += [f"  {tint}{sign}{off} {text}" for text in access_lines(parts, policy)]
+            lines += [f"  {text}" for text in access_lines(parts, policy, f"{tint}{sign}{off}")]
     if not plan.access.gained and not plan.access.lost:
         lines.append("no new connection gains or loses access")
     changes = plan.changes()
@@ -81,39 +82,49 @@ def _cut(line: str) -> str:
     return line if len(line) <= 200 else line[:197] + "..."
 
 
-def access_lines(parts: Iterable[Access], policy: Resolved | None) -> Iterator[str]:
-    """`carriers may reach sip udp/5060`, one line for all ports that the same sources gain at one service."""
+def access_lines(parts: Iterable[Access], policy: Resolved | None, sign: str) -> Iterator[str]:
+    """`+ carriers may reach sip udp/5060`, one line for all ports that the same sources gain or lose at one service.
+
+    Sources that are part of one group have its name in front: `carriers: + 198.51.100.64/28 may reach sip udp/5060`.
+    """
     together: dict[tuple[str, str | None], list[str]] = {}
     for part in parts:
-        together.setdefault((_who(part, policy), part.service), []).append(part.to)
+        who = _who(part, policy)
+        inside = "" if who in (policy.groups if policy else ()) else _inside(part, policy)
+        together.setdefault((f"{inside}{sign} {who}", part.service), []).append(part.to)
     for (who, service), ports in together.items():
         yield f"{who} may reach {service + ' ' if service else ''}{', '.join(ports)}"
 
 
 def _who(access: Access, policy: Resolved | None) -> str:
-    """Groups where the sources are whole groups, else addresses."""
-    sources = access.sources()
-    if sources == ["anywhere"]:
+    """Groups where the sources are whole groups, `anywhere but …` where they are most addresses, else addresses."""
+    if access.sources() == ["anywhere"]:
         return "anywhere"
+    left = EVERYONE - access.addresses - LOOPBACK_ADDRESSES
+    for version, other in ((4, 6), (6, 4)):
+        missing = left.only(version)
+        if not access.addresses.family(other) and missing.size < 1 << (BITS[version] - 1):
+            return f"anywhere over IPv{version}" + (f" but {_few(missing.texts())}" if missing else "")
+    if all(left.only(version).size < 1 << (BITS[version] - 1) for version in BITS):
+        return f"anywhere but {_few(left.texts())}"
     groups: list[str] = []
     rest = access.addresses
     for group in policy.groups.values() if policy else ():
         if group.addresses and not group.addresses - access.addresses and group.addresses & rest:
             groups.append(group.name)
             rest = rest - group.addresses
-    if len(rest) > 0 and rest.size >= 1 << 31:
-        return " and ".join([*groups, "anywhere else that is not blocked" if groups else "anywhere that is not blocked"])
-    texts = rest.texts()
-    shown = [*groups, *texts[:MAX_SOURCES]]
+    return ", ".join([*groups, *([_few(rest.texts())] if rest else [])])
+
+
+def _few(texts: tuple[str, ...]) -> str:
     more = f" and {len(texts) - MAX_SOURCES} more" if len(texts) > MAX_SOURCES else ""
-    inside = _inside(access, policy) if not groups else ""
-    return f"{inside}{', '.join(shown)}{more}"
+    return ", ".join(texts[:MAX_SOURCES]) + more
 
 
 def _inside(access: Access, policy: Resolved | None) -> str:
     """`carriers: ` where the sources all belong to one group."""
     for group in policy.groups.values() if policy else ():
-        if not access.addresses - group.addresses:
+        if group.addresses and not access.addresses - group.addresses:
             return f"{group.name}: "
     return ""
 

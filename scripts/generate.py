@@ -107,7 +107,7 @@ def commands_page() -> Iterator[str]:
     group = typer.main.get_command(app)
     yield from _options(group)
     for name, command in sorted(group.commands.items()):  # type: ignore[attr-defined]
-        arguments = " ".join(f"[{p.human_readable_name}]" if not p.required else p.human_readable_name for p in command.params if _is_argument(p))
+        arguments = " ".join(_argument(p) for p in command.params if _is_argument(p))
         yield f"## fwc {name}{' ' + arguments if arguments else ''}\n\n{command.help}\n"
         yield from _options(command)
     yield "## Exit codes\n"
@@ -129,6 +129,11 @@ EXIT_CODES = {
 
 def _is_argument(parameter: Any) -> bool:
     return bool(parameter.param_type_name == "argument")
+
+
+def _argument(parameter: Any) -> str:
+    name = parameter.metavar or parameter.name.upper()
+    return name if parameter.required else f"[{name}]"
 
 
 def _options(command: Any) -> Iterator[str]:

@@ -7,6 +7,7 @@ to be answered by the kernel, other protocols have to reach a raw socket of the 
 
 from __future__ import annotations
 
+import errno
 import selectors
 import socket
 import struct
@@ -23,8 +24,8 @@ from fwcompiler.ports import PROTOCOLS
 
 WAITS = (0.3, 0.4, 0.8, 1.5)
 """Seconds that each round waits. The first is also how long a packet has to stay away to be called dropped."""
-BATCH = 400
-"""Probes under way at once: each may need a descriptor, and many systems grant a process 1,024."""
+BATCH = 250
+"""Probes under way at once. Each may need two descriptors, and many systems grant a process 1,024."""
 
 _ICMP = {4: (PROTOCOLS["icmp"], 8, 0), 6: (PROTOCOLS["icmpv6"], 128, 129)}
 """Protocol, echo request and reply by family (RFC 792, RFC 4443)."""
@@ -68,6 +69,7 @@ class _Range:
         self._identifier = randrange(1 << 16)
         self._held = ExitStack()
         self._selector = self._held.enter_context(selectors.DefaultSelector())
+        self._connecting: list[socket.socket] = []
 
     def __enter__(self) -> _Range:
         try:
@@ -121,6 +123,7 @@ class _Range:
                 self._watch(sock, _echo)
             case "tcp":
                 sock = self._socket(version, socket.SOCK_STREAM)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # the batch before left connections in TIME_WAIT
                 sock.bind(here)
                 sock.listen(128)
                 self._watch(sock, _accept)
@@ -140,6 +143,10 @@ class _Range:
 
     def _send_all(self) -> None:
         """Send what has not arrived yet, by fresh sockets: every round is a new connection."""
+        for sock in self._connecting:
+            self._selector.unregister(sock)
+            sock.close()
+        self._connecting.clear()
         for number, namespace in enumerate(self.network.namespaces):
             left = [(i, p) for i, p in enumerate(self.probes) if p.station == number and not self.reached[i]]
             if left:
@@ -180,11 +187,13 @@ class _Range:
 
     def _connect(self, index: int, version: int, there: tuple[str, int]) -> None:
         sock = self._socket(version, socket.SOCK_STREAM)
-        sock.connect_ex(there)
-        self._watch(sock, lambda s: self._connected(index, s), selectors.EVENT_WRITE)
+        if sock.connect_ex(there) in (0, errno.EINPROGRESS):
+            self._watch(sock, lambda s: self._connected(index, s), selectors.EVENT_WRITE)
+            self._connecting.append(sock)
 
     def _connected(self, index: int, sock: socket.socket) -> None:
         self._selector.unregister(sock)
+        self._connecting.remove(sock)
         if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0:
             self.reached[index] = True
         sock.close()

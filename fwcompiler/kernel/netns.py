@@ -108,9 +108,14 @@ def _own_user_namespace() -> None:
     _moved = True
 
 
-def in_own_user_namespace() -> bool:
-    """True once this process gave up the host's network for a scratch one."""
-    return _moved
+def require_host() -> None:
+    """Check that this process still sees the host's network.
+
+    Raises:
+        HostRefused: it gave that up for a scratch namespace of its own.
+    """
+    if _moved:
+        raise HostRefused("this process has left the host's network to try rules out", hint="this needs root")
 
 
 def _libc() -> ctypes.CDLL:

@@ -18,7 +18,6 @@ from fwcompiler.diagnostics import Finding, HostRefused, Position
 from fwcompiler.kernel import ipset, nftset
 
 PACKAGES = {"nft": "nftables", "ipset": "ipset"}
-PATH = os.pathsep.join(filter(None, (os.environ.get("PATH"), "/usr/sbin", "/sbin")))
 
 # How the programs say that there is nothing of ours: nft, iptables-save, ipset.
 _NOTHING = re.compile(r"No such file or directory|does not exist|No such table|Table .* incompatible", re.I)
@@ -26,9 +25,16 @@ _NFT_PLACE = re.compile(r"^/dev/stdin:(\d+):[\d-]+: (?:Error: )?(.*)$", re.M)
 _RESTORE_LINE = re.compile(r"line:? (\d+)")
 
 
+def search_path() -> list[str]:
+    """PATH, and where it has only the bin directories, as for `su` and cron, the sbin directories beside them."""
+    path = os.environ.get("PATH", "/usr/bin:/bin").split(os.pathsep)
+    beside = {"/usr/bin": "/usr/sbin", "/bin": "/sbin"}
+    return list(dict.fromkeys((*path, *(beside[p] for p in path if p in beside))))
+
+
 def find(program: str) -> str | None:
-    """Full path of a program, looked for in the sbin directories too, or None."""
-    for folder in PATH.split(os.pathsep):
+    """Full path of a program, or None."""
+    for folder in search_path():
         path = os.path.join(folder, program)  # noqa: PTH118 - pathlib costs more than the whole search
         if os.access(path, os.X_OK):
             return path
@@ -46,7 +52,7 @@ def require(programs: Sequence[str]) -> None:
         packages = dict.fromkeys(PACKAGES.get(p, "iptables") for p in missing)
         names = ", ".join(f"`{p}`" for p in missing)
         raise HostRefused(
-            f"{names} {'is' if len(missing) == 1 else 'are'} not installed; nothing was changed",
+            f"{names} {'is' if len(missing) == 1 else 'are'} not installed",
             hint=f"install {' and '.join(packages)} with apt, dnf or zypper",
         )
 
@@ -66,7 +72,7 @@ def run(command: Command) -> str:
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "PATH": PATH, "LC_ALL": "C"},
+        env={**os.environ, "PATH": os.pathsep.join(search_path()), "LC_ALL": "C"},
     )
     if result.returncode == 0:
         return result.stdout
@@ -114,10 +120,14 @@ def try_out(steps: Sequence[Step], listing: Sequence[Command]) -> tuple[str, ...
     Raises:
         HostRefused: the kernel refuses a step.
     """
-    for step in steps:
-        if isinstance(step.do, Command):
-            run(step.do)
-    listed = outputs(listing)
+    try:
+        for step in steps:
+            if isinstance(step.do, Command):
+                run(step.do)
+        listed = outputs(listing)
+    except HostRefused as refused:
+        refused.message += "; nothing was changed"
+        raise
     execute([step for step in steps if isinstance(step.do, Fill)])
     return listed
 

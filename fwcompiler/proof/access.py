@@ -13,7 +13,7 @@ from fwcompiler.proof.fields import ECHO_REQUEST
 from fwcompiler.proof.program import Outcome, Point, Program, sets_of
 from fwcompiler.ruleset import BUILT_IN, PortIn, ProtocolIs, Ruleset
 
-_LOOPBACK = Addresses((LOOPBACK[4],), (LOOPBACK[6],))
+LOOPBACK_ADDRESSES = Addresses((LOOPBACK[4],), (LOOPBACK[6],))
 OTHER_PROTOCOL = 253
 """Stands for every protocol that no rule names (RFC 3692 keeps the number for experiments)."""
 
@@ -28,7 +28,7 @@ class Access:
 
     def sources(self) -> list[str]:
         """Prefixes and ranges, or `anywhere` where it is truly every address that a packet can come from."""
-        return ["anywhere"] if self.addresses | _LOOPBACK == EVERYONE else list(self.addresses.texts())
+        return ["anywhere"] if self.addresses | LOOPBACK_ADDRESSES == EVERYONE else list(self.addresses.texts())
 
 
 @dataclass(frozen=True, slots=True)
