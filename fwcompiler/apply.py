@@ -11,6 +11,7 @@ from fwcompiler.diagnostics import HostRefused, RolledBack
 from fwcompiler.kernel import netns, runner
 from fwcompiler.pipeline import Compiled, Host, NormalForm, list_sizes, observe
 from fwcompiler.plan import Plan, make_plan
+from fwcompiler.registry import load
 from fwcompiler.ruleset import Ruleset
 from fwcompiler.state import Generation, Record, StateDir
 
@@ -34,16 +35,25 @@ def apply(compiled: Compiled, plan: Plan, wanted: NormalForm, host: Host) -> App
     current = host.state.current()
     if plan.in_sync and current is not None and current.fingerprint == record.fingerprint():
         return Applied(current, False)
+    before = load(plan.replaces) if plan.replaces else None
     pending = host.state.prepare(record)
     try:
-        if not plan.in_sync:
+        if plan.steps:
             with host.namespace.entered():
                 runner.execute(plan.steps)
             _verify(plan, host)
     except BaseException:
         host.state.discard(pending)
         raise
-    return Applied(host.state.commit(pending), not plan.in_sync)
+    try:
+        generation = host.state.commit(pending)
+    except HostRefused as refused:
+        put_back(observe(host, {s.name: s.ranges for s in plan.wanted.sets}), plan.live, host)
+        refused.message += "; the previous ruleset was restored"
+        raise
+    if before is not None:
+        _take_out(before, host.namespace)
+    return Applied(generation, not plan.in_sync)
 
 
 def _record(compiled: Compiled, wanted: NormalForm, backend: Backend) -> Record:
@@ -77,6 +87,18 @@ def put_back(now: Ruleset, before: Ruleset, host: Host) -> None:
         runner.execute(steps)
 
 
+def _take_out(backend: Backend, namespace: netns.Namespace) -> bool:
+    """Remove what one backend has loaded; False where that was nothing."""
+    with namespace.entered():
+        live = backend.parse(runner.outputs(backend.listing()))
+        if not live:
+            return False
+        runner.execute(backend.remove(live))
+        if backend.parse(runner.outputs(backend.listing())):
+            raise HostRefused(f"{backend.name}: rules of fwc are still there after the removal")
+    return True
+
+
 def remove(backends: list[Backend], namespace: netns.Namespace, state: StateDir) -> Iterator[str]:
     """Take out everything of ours, backend by backend; yields the names of those that had something.
 
@@ -84,11 +106,8 @@ def remove(backends: list[Backend], namespace: netns.Namespace, state: StateDir)
         HostRefused: one of them cannot be asked or refuses.
     """
     for backend in backends:
-        with namespace.entered():
-            live = backend.parse(runner.outputs(backend.listing()))
-            if live:
-                runner.execute(backend.remove(live))
-                if backend.parse(runner.outputs(backend.listing())):
-                    raise HostRefused(f"{backend.name}: rules of fwc are still there after the removal")
-                yield backend.name
-    state.forget()
+        if _take_out(backend, namespace):
+            yield backend.name
+    current = state.current()
+    if current is not None and current.backend in {b.name for b in backends}:
+        state.forget()

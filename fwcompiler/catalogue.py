@@ -64,6 +64,7 @@ _SERVICES = (
     Service("snmp", (_udp(161),), "cluster", "Network monitoring (RFC 3411)."),
     Service("rsync", (_tcp(873),), "cluster", "Copies of recordings to the archive host."),
     Service("ftp", (_tcp(21),), "cluster", "VICIdial's transfer of recordings to the archive host."),
+    Service("dhcpv6-client", (_udp(546),), "restricted", "Answers of the network's DHCPv6 server, from its link-local address (RFC 8415)."),
     Service("stun", (_udp(3478),), "public", "STUN and TURN for WebRTC phones (RFC 8489)."),
 )
 

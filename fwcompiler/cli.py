@@ -78,8 +78,10 @@ def _dispatch(arguments: list[str]) -> int:
         return result if isinstance(result, int) else 0
     except Failure as failure:
         color = "--no-color" not in arguments and not os.environ.get("NO_COLOR") and sys.stderr.isatty()
-        if failure.findings:
-            print(format_findings(failure.findings, color=color), file=sys.stderr)
+        quiet = "-q" in arguments or "--quiet" in arguments
+        findings = [f for f in failure.findings if f.is_error or not quiet]
+        if findings:
+            print(format_findings(findings, color=color), file=sys.stderr)
         if failure.message:
             print(f"error: {failure.message}", file=sys.stderr)
         if failure.hint:

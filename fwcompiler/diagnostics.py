@@ -125,6 +125,10 @@ class HostRefused(Failure):
     exit_code = EXIT_REFUSED
 
 
+class Unavailable(HostRefused):
+    """The host lacks a program or this user the right: nothing was refused, it could not be asked."""
+
+
 class RolledBack(Failure):
     """Applied, found wanting, and put back as it was."""
 

@@ -21,6 +21,7 @@ from fwcompiler.lower import lower
 from fwcompiler.plan import Plan, make_plan, with_contents
 from fwcompiler.policy import Policy, validate
 from fwcompiler.proof.access import compare
+from fwcompiler.registry import installed, load
 from fwcompiler.resolve import Resolved, resolve
 from fwcompiler.ruleset import Ruleset
 from fwcompiler.source import Document
@@ -141,8 +142,30 @@ def plan(compiled: Compiled, host: Host) -> tuple[Plan, NormalForm]:
     refuse_shrinking(compiled.resolved, host.state)
     # The host first: trying rules out without root moves this process into a namespace of its own.
     live = observe(host)
+    before = previous(host)
     wanted = normal_form(compiled, host.backend)
-    return make_plan(host.backend, live, wanted.ruleset), wanted
+    return replace(make_plan(host.backend, live, wanted.ruleset), replaces=before.name if before else ""), wanted
+
+
+def previous(host: Host) -> Backend | None:
+    """The backend of the generation in force, where it is another one and its rules are still loaded.
+
+    Raises:
+        HostRefused: both are variants that share their sets in the kernel, so that one has to go first.
+    """
+    current = host.state.current()
+    if current is None or current.backend == host.backend.name or current.backend not in installed():
+        return None
+    other = load(current.backend)
+    with host.namespace.entered():
+        if not all(runner.find(p) for p in other.programs) or not other.parse(runner.outputs(other.listing())):
+            return None
+    if other.set_kind == host.backend.set_kind:
+        raise HostRefused(
+            f"rules of {other.name} are in force and share their sets with {host.backend.name}; nothing was changed",
+            hint=f"`fwc remove --backend {other.name}` first, or go on with --backend {other.name}",
+        )
+    return other
 
 
 def list_sizes(resolved: Resolved) -> dict[str, int]:

@@ -15,21 +15,26 @@ MAX_ELEMENTS_SHOWN = 20
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The way from `live` to `wanted`: what it means, and what to run. No steps: in sync."""
+    """The way from `live` to `wanted`: what it means, and what to run. No steps: in sync.
+
+    `replaces` names another backend whose rules are in force and go once these are.
+    """
 
     live: Ruleset
     wanted: Ruleset
     steps: tuple[Step, ...]
     access: AccessChange
+    replaces: str = ""
 
     @property
     def in_sync(self) -> bool:
         """True when the kernel holds exactly what is wanted."""
-        return not self.steps
+        return not self.steps and not self.replaces
 
     def changes(self) -> tuple[str, ...]:
         """The kernel changes, one line each, as they will be sent."""
-        return tuple(line for step in self.steps for line in _lines(step.do))
+        sent = tuple(line for step in self.steps for line in _lines(step.do))
+        return (*sent, f"remove the rules of fwc from {self.replaces}") if self.replaces else sent
 
 
 def make_plan(backend: Backend, live: Ruleset, wanted: Ruleset) -> Plan:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date
 from itertools import combinations
+from pathlib import Path
 
 from fwcompiler.addresses import EVERYONE, NOBODY, AddressError, Addresses, parse_entry
 from fwcompiler.catalogue import CATALOGUE, Class
@@ -107,7 +108,7 @@ class Resolved:
         """Every list file with a key that names it over time: its group and its path."""
         for group in self.groups.values():
             for each in group.lists:
-                yield f"{group.name}:{each.file}", each
+                yield f"{group.name}:{Path(each.file).resolve()}", each
 
     def addresses(self, groups: Iterable[str]) -> Addresses:
         """The fixed addresses of several groups together."""

@@ -82,7 +82,11 @@ class GenerationShape(TypedDict):
 
 
 class StatusShape(TypedDict):
-    """`status --json`: `counters` by service and verdict, `drift` what an apply would put right."""
+    """`status --json`: `counters` by service and verdict, `drift` what an apply would put right.
+
+    `second_reading`: whether python-iptables reads the rules of a legacy host as fwc does: `agrees`, `differs: ...` with the first
+    difference, or `not possible: ...` with the reason; None for other backends, and where python-iptables is not installed.
+    """
 
     backend: str
     in_sync: bool

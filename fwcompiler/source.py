@@ -8,6 +8,7 @@ libyaml's event stream without recursion, so neither deep nesting nor alias bomb
 from __future__ import annotations
 
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,6 +56,8 @@ class Document:
 def read_file(path: str, report: Report, at: Position | None = None, *, limit: int = MAX_BYTES) -> str | None:
     """Text of a file, or None after an error was reported at ``at``."""
     try:
+        if not stat.S_ISREG(Path(path).stat().st_mode) and not Path(path).is_dir():
+            raise OSError(0, "not a regular file")
         with Path(path).open("rb") as stream:
             raw = stream.read(limit + 1)
     except (OSError, ValueError) as error:

@@ -172,7 +172,9 @@ class StateDir:
             _write(pending / "lists.json", json.dumps(dict(record.lists)))
             contents = {s.name: s.ranges for s in record.ruleset.sets if not s.dynamic}
             _write(pending / "sets.json", json.dumps(contents, separators=(",", ":")))
-            _write(pending / "meta.json", json.dumps(asdict(self._describe(record)), indent=1))
+            generation = self._describe(record)
+            _write(pending / "meta.json", json.dumps(asdict(generation), indent=1))
+            _write(self.path / "current.new", str(generation.number))
         except OSError as error:
             shutil.rmtree(pending, ignore_errors=True)
             raise _unwritable(self.path, error) from error
@@ -186,11 +188,23 @@ class StateDir:
         return Generation(number, record.backend, record.policy, record.name, now, who, peer, record.fingerprint())
 
     def commit(self, pending: Path) -> Generation:
-        """Give a prepared generation its number and make it the current one."""
+        """Give a prepared generation its number and make it the current one: two renames, which need no room.
+
+        Raises:
+            HostRefused: it cannot be done.
+        """
+        try:
+            return self._commit(pending)
+        except OSError as error:
+            raise HostRefused(f"cannot record the generation in {self.path}: {error.strerror}") from error
+
+    def _commit(self, pending: Path) -> Generation:
         data = json.loads((pending / "meta.json").read_text(encoding="utf-8"))
         generation = Generation(**data)
         pending.rename(self._generations / str(generation.number))
-        self._point_to(str(generation.number))
+        (self.path / "current.new").rename(self.path / "current")
+        for folder in (self._generations, self.path):
+            _sync(folder)
         for old in self.numbers()[:-KEEP]:
             shutil.rmtree(self._generations / str(old), ignore_errors=True)
         return generation
@@ -204,15 +218,14 @@ class StateDir:
         with suppress(FileNotFoundError):
             (self.path / "current").unlink()
 
-    def _point_to(self, text: str) -> None:
-        _write(self.path / "current.new", text)
-        (self.path / "current.new").rename(self.path / "current")
-        for folder in (self._generations, self.path):
-            descriptor = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+
+def _sync(folder: Path) -> None:
+    """Make renames in a directory last (fsync(2))."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _write(path: Path, text: str) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, cast
 
+from fwcompiler import second_reading
 from fwcompiler.addresses import address_text
 from fwcompiler.backend import Backend
 from fwcompiler.kernel import runner
+from fwcompiler.kernel import second_reading as kernel_reading
 from fwcompiler.pipeline import Host, observe
 from fwcompiler.plan import make_plan, with_contents
 from fwcompiler.report import counters_json
@@ -17,26 +20,59 @@ from fwcompiler.state import StateDir
 if TYPE_CHECKING:
     from fwcompiler.shapes import GenerationShape, MemberShape, StatusShape
 
+READINGS = 3
+"""How often the rules are read a second time when they change meanwhile."""
+
 
 def read_status(host: Host) -> StatusShape:
     """The shape of `status --json`: in sync or drifted (and what), generation, counters, dynamic members."""
     backend, state = host.backend, host.state
     live = observe(host)
-    with host.namespace.entered():
-        counters = backend.counters(runner.outputs(backend.listing()))
+    listing = _listing(host)
     wanted = _applied(backend, state)
     plan = make_plan(backend, live, wanted) if wanted else None
-    unrecorded = ["rules of fwc are loaded, but no generation is recorded"] if live else []
     current = state.current()
+    other = f"the generation in force is one of {current.backend}" if current else "no generation is recorded"
+    unrecorded = [f"rules of fwc are loaded, but {other}"] if live else []
     return {
         "backend": backend.name,
         "in_sync": plan.in_sync if plan else not live,
         "drift": list(plan.changes()) if plan else unrecorded,
         "generation": None if current is None else cast("GenerationShape", asdict(current)),
-        "counters": counters_json(counters),
+        "counters": counters_json(backend.counters(listing)),
         "members": _members(live),
-        "second_reading": None,
+        "second_reading": _second_reading(host, listing),
     }
+
+
+def _listing(host: Host) -> tuple[str, ...]:
+    with host.namespace.entered():
+        return runner.outputs(host.backend.listing())
+
+
+def _second_reading(host: Host, listing: Sequence[str]) -> str | None:
+    """What python-iptables says to our reading of a legacy host; None for other backends, and where it is not installed.
+
+    It takes no lock, so the two may have read before and after somebody's change: a difference counts if nothing has changed since.
+    """
+    if host.backend.name != "iptables-legacy":
+        return None
+    ours = host.backend.parse(listing)
+    for _ in range(READINGS):
+        with host.namespace.entered():
+            answer = kernel_reading.ask()
+        if not answer.text:
+            return f"not possible: {answer.reason}" if answer.reason else None
+        try:
+            difference = second_reading.compare(ours, second_reading.read(answer.text))
+        except ValueError as error:
+            return f"not possible: {error}"
+        if difference is None:
+            return "agrees"
+        before, ours = ours, host.backend.parse(_listing(host))
+        if ours == before:
+            return f"differs: {difference}"
+    return "not possible: the rules change while they are read"
 
 
 def _applied(backend: Backend, state: StateDir) -> Ruleset | None:
@@ -75,9 +111,13 @@ def status_text(found: StatusShape) -> str:
         )
     else:
         lines.append("no policy is in force")
-    lines.append(f"backend {found['backend']}: {'in sync' if found['in_sync'] else 'drifted'}")
+    if generation and generation["backend"] != found["backend"]:
+        lines.append(f"it is in force through {generation['backend']}; this is about {found['backend']}:")
+        lines.append("nothing of fwc is loaded" if found["in_sync"] else "rules of fwc are loaded here as well")
+    else:
+        lines.append(f"backend {found['backend']}: {'in sync' if found['in_sync'] else 'drifted'}")
     if found["drift"]:
-        lines.append("an apply of the same policy would send")
+        lines.append("what differs, as an apply would change it:")
         lines += [f"  {line}" for line in found["drift"][:40]]
     if found["counters"]:
         lines.append(f"{'service':<24}{'accepted':>12}{'dropped':>12}  packets")

@@ -56,6 +56,8 @@ def _taken(clause: Clause, test: ResolvedTest, ports: Ranges, sources: Addresses
         return (), sources
     if clause.source is not None:
         sources = sources & clause.source
+    if clause.spared_source is not None:
+        sources = sources - clause.spared_source
     if clause.icmp is not None:
         return _icmp(clause, test, ports, sources)
     if clause.ports is not None:

@@ -119,7 +119,7 @@ class Iptables:
 
 
 def _same(found: Tables, aim: Tables) -> bool:
-    return found.chains == aim.chains and sorted(map(repr, found.jumps)) == sorted(map(repr, aim.jumps))
+    return found.chains == aim.chains and not _minus(found.jumps, aim.jumps) and not _minus(aim.jumps, found.jumps)
 
 
 def _delta(version: int, old: Tables, new: Tables, slots_old: Mapping[str, str], slots_new: Mapping[str, str]) -> Lines | None:

@@ -169,6 +169,7 @@ def tokenize(text: str) -> list[str]:
 def _read_sets(text: str, matched: set[str]) -> tuple[dict[str, AddressSet], list[str]]:
     """Our sets by the names they have in the kernel, and the others that carry our prefix.
 
+    Both variants see the same sets: one that is in use, but not by this variant's rules, is the other one's business.
     Where both twins of a set are there, a crash left one behind: the one that rules match is the set.
     """
     found: dict[str, AddressSet] = {}
@@ -176,7 +177,7 @@ def _read_sets(text: str, matched: set[str]) -> tuple[dict[str, AddressSet], lis
     for block in re.split(r"\n\s*\n", text):
         fields = dict(line.split(": ", 1) for line in block.strip().splitlines() if ": " in line)
         kernel = fields.get("Name", "")
-        if kernel.startswith(SET_PREFIX):
+        if kernel.startswith(SET_PREFIX) and (kernel in matched or fields.get("References", "0") == "0"):
             each = _read_set(kernel, fields.get("Type", ""), fields.get("Header", ""))
             if each:
                 found[kernel] = each

@@ -11,12 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from fwcompiler.addresses import address_text
 from fwcompiler.backend import Command, Fill, Rendered, SetChange, Step
 from fwcompiler.diagnostics import Finding, Position
 from fwcompiler.ruleset import AddressSet, Chain, InSet, Ruleset, Unknown
 from fwcompiler_nftables.parse import parse_listing, read_counters
-from fwcompiler_nftables.render import TABLE, Line, elements, hook_spec, rule_lines, set_spec, table_text
+from fwcompiler_nftables.render import TABLE, Line, elements, hook_spec, member_text, rule_lines, set_spec, table_text
 
 INLINE = 500
 """Entries up to which a set's content is written into the transaction's text."""
@@ -87,10 +86,11 @@ class _Update:
         self.remade = [s for s in wanted.sets if s.name in self.old_sets and s.dynamic and _spec(s) != _spec(self.old_sets[s.name])]
         self.gone_sets = [s for s in live.sets if s.name not in {w.name for w in wanted.sets}]
         self.changed = [c for c in wanted.chains if self.old_chains.get(c.name) != c]
-        self.strays = {what.removeprefix("set ") for what in live.others if what.startswith("set ")}
         self.gone_chains = [c for c in live.chains if c.name not in {w.name for w in wanted.chains}]
 
     def steps(self) -> Sequence[Step]:
+        if self.live.others or any(s.name in self.old_sets and s.dynamic != self.old_sets[s.name].dynamic for s in self.wanted.sets):
+            return (Step(self._anew()),)
         if not self._structure_changes():
             return self._content_only()
         twins = [self._twin(c.set) for c in self.changes if self._is_big(c)]
@@ -98,17 +98,25 @@ class _Update:
         undo = (self._undo_beforehand(beforehand),) if beforehand else ()
         steps: list[Step] = []
         if beforehand:
-            cleared = [f"delete set {TABLE} {s.kernel_name}" for s in beforehand if s.kernel_name in self.strays]
-            lines = [f"add table {TABLE}", *cleared, *(self._set_line(s) for s in beforehand)]
+            lines = [f"add table {TABLE}", *(self._set_line(s) for s in beforehand)]
             steps.append(Step(_script((line, None) for line in lines), undo))
             steps += [Step(Fill("nft", s.kernel_name, s.version, s.ranges)) for s in beforehand]
         steps.append(Step(_script(self._transaction(beforehand, twins))))
         return steps
 
     def _structure_changes(self) -> bool:
-        return bool(
-            self.new_sets or self.remade or self.gone_sets or self.changed or self.gone_chains or self.live.others or not self.live.chains
+        return bool(self.new_sets or self.remade or self.gone_sets or self.changed or self.gone_chains or not self.live.chains)
+
+    def _anew(self) -> Command:
+        """What somebody put into our table can hang together in any way: the table is replaced whole, in one transaction.
+
+        Dynamic members stay with the time they have left; counters start again.
+        """
+        sets = (
+            replace(s, slot="", kernel="", members=self.old_sets[s.name].members if s.name in self.old_sets else ())
+            for s in self.wanted.sets
         )
+        return Command(("nft", "-f", "-"), f"add table {TABLE}\ndelete table {TABLE}\n{table_text(replace(self.wanted, sets=tuple(sets)))}")
 
     def _content_only(self) -> Sequence[Step]:
         """Sets keep their names: consecutive fills of one kind are one transaction."""
@@ -138,12 +146,12 @@ class _Update:
         touched = [c for c in self.wanted.chains if c in self.changed or _uses(c, moving)]
         moved = [c for c in touched if c.name in self.old_chains and self.old_chains[c.name].hook != c.hook]
         yield f"add table {TABLE}", None
-        yield from self._gone(touched, moved, flipped, {s.kernel_name for s in beforehand})
+        yield from self._gone(touched, moved, flipped)
         yield from self._new_objects({s.name for s in beforehand})
         yield from self._new_chains(touched, moved, names)
         yield from self._small_contents(flipped)
 
-    def _gone(self, touched: list[Chain], moved: list[Chain], flipped: set[str], beforehand: set[str]) -> Iterable[Line]:
+    def _gone(self, touched: list[Chain], moved: list[Chain], flipped: set[str]) -> Iterable[Line]:
         for chain in (*self.gone_chains, *touched):
             if chain.name in self.old_chains:
                 yield f"flush chain {TABLE} {chain.name}", None
@@ -151,11 +159,6 @@ class _Update:
             yield f"delete chain {TABLE} {chain.name}", None
         for each in (*self.gone_sets, *self.remade, *(self.old_sets[name] for name in sorted(flipped))):
             yield f"delete set {TABLE} {self.old_sets[each.name].kernel_name}", each.origin
-        for what in self.live.others:
-            kind, _, name = what.partition(" ")
-            if kind == "set" and name in beforehand:
-                continue
-            yield f"delete {kind} {TABLE} {name}", None
         for name in self.live.counters():
             if name not in self.wanted.counters():
                 yield f"delete counter {TABLE} {name}", None
@@ -170,7 +173,7 @@ class _Update:
         for each in self.remade:
             members = self.old_sets[each.name].members[: each.size]
             if members:
-                texts = ", ".join(_member(each, address, left) for address, left in members)
+                texts = ", ".join(member_text(each, address, left) for address, left in members)
                 yield f"add element {TABLE} {each.kernel_name} {{ {texts} }}", each.origin
 
     def _new_chains(self, touched: list[Chain], moved: list[Chain], names: Mapping[str, str]) -> Iterable[Line]:
@@ -191,12 +194,6 @@ class _Update:
             for verb, ranges in (("delete", change.remove), ("add", change.add)):
                 if ranges:
                     yield f"{verb} element {TABLE} {name} {elements(change.set.version, ranges)}", change.set.origin
-
-
-def _member(each: AddressSet, address: int, left: int | None) -> str:
-    """A member with the time it had left: a member added anew would start with the set's full timeout."""
-    text = address_text(each.version, address)
-    return text if left is None else f"{text} timeout {max(each.timeout or 0, -(-left // 1000))}s expires {max(left, 1)}ms"
 
 
 def _spec(each: AddressSet) -> tuple[object, ...]:

@@ -39,6 +39,11 @@ from fwcompiler.ruleset import (
 
 Json = Any
 
+_SET_KEYS = {
+    "interval": {"family", "name", "table", "type", "handle", "flags", "elem"},
+    "timeout": {"family", "name", "table", "type", "handle", "flags", "elem", "timeout", "size"},
+}
+"""What a listing says of a set as fwc makes it; one with anything more is somebody else's."""
 FAMILY, NAME = "inet", "fwc"
 _SLOT = re.compile(r"^(.*\.v[46])\.(b)$")
 
@@ -105,8 +110,13 @@ def parse_listing(text: str) -> Ruleset:
     counters = {item["counter"]["name"] for item in objects if "counter" in item}
     ruleset = Ruleset(chains, tuple(sorted(sets, key=lambda s: s.name)))
     unused = [f"counter {name}" for name in sorted(counters - set(ruleset.counters()))]
+    flags = [
+        f"table {item['table']['name']} with flags"
+        for item in _listed(text)
+        if "flags" in item.get("table", {}) and _is_ours(item["table"])
+    ]
     others = [f"{kind} {value['name']}" for item in objects for kind, value in item.items() if _is_other(kind, value)]
-    return Ruleset(ruleset.chains, ruleset.sets, (*others, *twins, *unused))
+    return Ruleset(ruleset.chains, ruleset.sets, (*flags, *others, *twins, *unused))
 
 
 def _one_of_twins(sets: list[AddressSet], text: str) -> tuple[list[AddressSet], list[str]]:
@@ -129,13 +139,20 @@ def read_counters(text: str) -> Mapping[str, tuple[int, int]]:
 
 def _objects(text: str) -> list[Json]:
     """What a listing says of our table; one of the whole family has other tables in it."""
-    listed = json.loads(text)["nftables"] if text.strip() else []
     return [
         {kind: value}
-        for item in listed
+        for item in _listed(text)
         for kind, value in item.items()
         if kind not in ("metainfo", "table") and value.get("table") == NAME and value.get("family") == FAMILY
     ]
+
+
+def _listed(text: str) -> list[Json]:
+    return list(json.loads(text)["nftables"]) if text.strip() else []
+
+
+def _is_ours(table: Json) -> bool:
+    return bool(table.get("name") == NAME and table.get("family") == FAMILY)
 
 
 def _is_other(kind: str, value: Json) -> bool:
@@ -155,7 +172,7 @@ def _set(item: Json) -> AddressSet | None:
     flags = item.get("flags", [])
     flags = [flags] if isinstance(flags, str) else flags
     version = {"ipv4_addr": 4, "ipv6_addr": 6}.get(item["type"]) if isinstance(item["type"], str) else None
-    if version is None or flags not in (["interval"], ["timeout"]) or item.get("auto-merge"):
+    if version is None or flags not in (["interval"], ["timeout"]) or set(item) - _SET_KEYS[flags[0]]:
         return None
     slot = _SLOT.match(item["name"])
     name, suffix = (slot[1], slot[2]) if slot else (item["name"], "")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from fwcompiler.addresses import range_text
+from fwcompiler.addresses import address_text, range_text
 from fwcompiler.diagnostics import Position
 from fwcompiler.ports import port_text
 from fwcompiler.ruleset import (
@@ -73,11 +73,18 @@ def set_spec(each: AddressSet) -> Iterator[str]:
 
 
 def _element_lines(each: AddressSet) -> Iterator[str]:
-    if each.ranges:
-        texts = [range_text(each.version, span) for span in each.ranges]
+    texts = [range_text(each.version, span) for span in each.ranges]
+    texts += [member_text(each, address, left) for address, left in each.members[: each.size]]
+    if texts:
         yield "elements = {"
         yield from (f"\t{text}," for text in texts)
         yield "}"
+
+
+def member_text(each: AddressSet, address: int, left: int | None) -> str:
+    """A member with the time it had left: a member added anew would start with the set's full timeout."""
+    text = address_text(each.version, address)
+    return text if left is None else f"{text} timeout {max(each.timeout or 0, -(-left // 1000))}s expires {max(left, 1)}ms"
 
 
 def elements(version: int, ranges: Iterable[tuple[int, int]]) -> str:

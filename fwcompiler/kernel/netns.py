@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from fwcompiler.diagnostics import HostRefused, UsageError
+from fwcompiler.diagnostics import Unavailable, UsageError
 
 CLONE_NEWNET = 0x40000000
 CLONE_NEWUSER = 0x10000000
@@ -98,7 +98,7 @@ def _own_user_namespace() -> None:
         return
     user, group = os.geteuid(), os.getegid()
     if not _unshare(CLONE_NEWUSER | CLONE_NEWNET):
-        raise HostRefused(
+        raise Unavailable(
             "this user may not make a network namespace to try the rules in",
             hint="run as root, or allow unprivileged user namespaces (sysctl kernel.unprivileged_userns_clone=1)",
         )
@@ -115,7 +115,7 @@ def require_host() -> None:
         HostRefused: it gave that up for a scratch namespace of its own.
     """
     if _moved:
-        raise HostRefused("this process has left the host's network to try rules out", hint="this needs root")
+        raise Unavailable("this process has left the host's network to try rules out", hint="this needs root")
 
 
 def _libc() -> ctypes.CDLL:
@@ -129,4 +129,4 @@ def _unshare(flags: int) -> bool:
 def _setns(descriptor: int) -> None:
     if _libc().setns(descriptor, CLONE_NEWNET) != 0:
         code = ctypes.get_errno()
-        raise HostRefused(f"cannot enter the network namespace: {os.strerror(code)}", hint="this needs root")
+        raise Unavailable(f"cannot enter the network namespace: {os.strerror(code)}", hint="this needs root")

@@ -14,7 +14,7 @@ from typing import cast
 
 from fwcompiler.addresses import Ranges
 from fwcompiler.backend import Command, Do, Fill, SetKind, Step
-from fwcompiler.diagnostics import Finding, HostRefused, Position
+from fwcompiler.diagnostics import Finding, HostRefused, Position, Unavailable
 from fwcompiler.kernel import ipset, nftset
 
 PACKAGES = {"nft": "nftables", "ipset": "ipset"}
@@ -51,7 +51,7 @@ def require(programs: Sequence[str]) -> None:
     if missing:
         packages = dict.fromkeys(PACKAGES.get(p, "iptables") for p in missing)
         names = ", ".join(f"`{p}`" for p in missing)
-        raise HostRefused(
+        raise Unavailable(
             f"{names} {'is' if len(missing) == 1 else 'are'} not installed",
             hint=f"install {' and '.join(packages)} with apt, dnf or zypper",
         )
@@ -86,12 +86,12 @@ def run(command: Command) -> str:
 def _refusal(command: Command, stderr: str) -> HostRefused:
     text = stderr.strip()
     if re.search(r"Operation not permitted|[Pp]ermission denied|must be root", text):
-        return HostRefused(f"{command.argv[0]}: not permitted", hint="fwc needs root (CAP_NET_ADMIN) for this")
+        return Unavailable(f"{command.argv[0]}: not permitted", hint="fwc needs root (CAP_NET_ADMIN) for this")
     findings = [
         Finding("kernel", f"{command.argv[0]}: {message}", at) for line, message in _failed_lines(text) if (at := _origin(command, line))
     ]
-    first = next((line for line in text.splitlines() if line.strip()), "failed without a word")
-    return HostRefused(f"{command.argv[0]} refused: {first}", findings)
+    words = " ".join(line.strip() for line in text.splitlines() if line.strip()) or "failed without a word"
+    return HostRefused(f"{command.argv[0]} refused: {words if len(words) <= 400 else words[:400] + ' ...'}", findings)
 
 
 def _failed_lines(stderr: str) -> Iterator[tuple[int, str]]:

@@ -15,11 +15,12 @@ from fwcompiler.diagnostics import Position
 from fwcompiler.ports import PROTOCOLS, Ports, port_text
 from fwcompiler.proof.fields import Packet
 from fwcompiler.resolve import Resolved, ResolvedService
-from fwcompiler.ruleset import State
+from fwcompiler.ruleset import Limit, State
 
 Verdict = Literal["accept", "drop"]
 
 _LOOPBACK = Addresses((LOOPBACK[4],), (LOOPBACK[6],))
+ECHO_LIMIT = Limit(20, "second", 40)
 _ICMP: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {
     4: ((3, 11, 12), (8,)),
     6: ((1, 2, 3, 4, 130, 131, 132, 133, 134, 135, 136, 143), (128,)),
@@ -31,7 +32,8 @@ _ICMP: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {
 class Clause:
     """One sentence of the meaning. A field that is None says nothing; all others have to hold.
 
-    `dynamic` names groups whose members at run time hold as well as `source`.
+    `dynamic` names groups whose members at run time hold as well as `source`; `spared` those whose members at run
+    time do not, nor does `spared_source`. With a `limit`, it holds only while the limit is not exhausted.
     """
 
     verdict: Verdict
@@ -46,12 +48,19 @@ class Clause:
     icmp: tuple[int, tuple[int, ...]] | None = None
     groups: tuple[str, ...] = ()
     dynamic: tuple[str, ...] = ()
+    spared: tuple[str, ...] = ()
+    spared_source: Addresses | None = None
+    limit: Limit | None = None
 
     def holds(self, packet: Packet) -> bool:
         """True when every field that says something agrees with the packet."""
         if self.loopback is not None and self.loopback != (packet.interface == "lo"):
             return False
         if self.source is not None and (packet.version, packet.source) not in self.source:
+            return False
+        if self.spared_source is not None and (packet.version, packet.source) in self.spared_source:
+            return False
+        if self.source is None and self.dynamic:
             return False
         if self.destination is not None and (packet.destination is None or (packet.version, packet.destination) not in self.destination):
             return False
@@ -92,10 +101,21 @@ def clauses(policy: Resolved) -> tuple[Clause, ...]:
 
 
 def _block(policy: Resolved) -> Iterator[Clause]:
-    if policy.block is None:
+    """A source in a blocked group, unless it is in an excepted one; members at run time count on both sides."""
+    block = policy.block
+    if block is None:
         return
-    blocked = policy.addresses(policy.block.groups) - policy.addresses(policy.block.excepted)
-    yield Clause("drop", "the block list has the source", at=policy.block.at, source=blocked, groups=policy.block.groups)
+    spared = tuple(name for name in block.excepted if policy.groups[name].dynamic)
+    yield Clause(
+        "drop",
+        "the block list has the source",
+        at=block.at,
+        source=policy.addresses(block.groups),
+        groups=block.groups,
+        dynamic=tuple(name for name in block.groups if policy.groups[name].dynamic),
+        spared=spared,
+        spared_source=policy.addresses(block.excepted),
+    )
 
 
 def _trust(policy: Resolved) -> Iterator[Clause]:
@@ -124,7 +144,7 @@ def _icmp() -> Iterator[Clause]:
     for version, (plain, limited) in _ICMP.items():
         family = "ICMP" if version == 4 else "ICMPv6"
         yield Clause("accept", f"an {family} type that a host needs", icmp=(version, plain))
-        yield Clause("accept", "ping is answered, at a limited rate", icmp=(version, limited))
+        yield Clause("accept", "ping is answered, at a limited rate", icmp=(version, limited), limit=ECHO_LIMIT)
 
 
 @dataclass(frozen=True, slots=True)
