@@ -221,15 +221,15 @@ def parse_entry(text: str, allow: Iterable[str] = ()) -> Entry:
                 "write `from: anywhere` at the service if it is public, or say `allow: [everyone]` at this entry",
             )
         return entry
-    if version == 6 and low <= _MAPPED[1] and high >= _MAPPED[0] and high - low < 1 << 120:
-        raise AddressError("address-mapped", f"`{text}` is an IPv4 address in IPv6 clothes", "write it as IPv4")
     if low == high == 0:
-        raise AddressError("address-unspecified", f"`{text}` is nobody's address")
+        raise AddressError("address-unspecified", f"`{text}` is nobody's address", "take it out, or write the address that was meant")
     for kind, spans in (("loopback", LOOPBACK), ("multicast", MULTICAST)):
         if low <= spans[version][1] and high >= spans[version][0] and kind not in allow:
             raise AddressError(
                 f"address-{kind}", f"`{text}` covers {kind} addresses", f"say `allow: [{kind}]` at this entry if it is meant"
             )
+    if version == 6 and low <= _MAPPED[1] and high >= _MAPPED[0] and high - low < 1 << 120:
+        raise AddressError("address-mapped", f"`{text}` holds IPv4 addresses in IPv6 clothes", "write them as IPv4")
     return entry
 
 
@@ -285,6 +285,12 @@ def parse_address(text: str) -> tuple[int, int]:
 
 def _no_address(text: str) -> AddressError:
     shown = text if len(text) <= 60 else text[:57] + "..."
+    if "-" in text and text.partition("-")[0].strip().count(".") == 3 and text.partition("-")[0].replace(".", "").strip().isdigit():
+        return AddressError("address", f"`{shown}` is not a range", "write both ends whole: 192.0.2.1-192.0.2.9")
+    if text.count(".") == 3 and set(text.lower()) <= set("0123456789.x*") and set(text.lower()) & set("x*"):
+        return AddressError("address", f"`{shown}` has its wildcard in the wrong place", "write a.b.c.x or a.b.x.x")
+    if text.count(":") == 1 and text.count(".") == 3:
+        return AddressError("address", f"`{shown}` names a port", "write the address alone")
     if "%" in text:
         return AddressError("address", f"`{shown}` names an interface", "write the address without `%`")
     if text.lower() in ("any", "all", "anywhere", "everyone", "*"):

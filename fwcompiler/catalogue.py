@@ -43,7 +43,12 @@ _SERVICES = (
     Service("sip-tcp", (_tcp(5060),), "restricted", "SIP signalling over TCP (RFC 3261)."),
     Service("sips", (_tcp(5061),), "restricted", "SIP over TLS (RFC 3261)."),
     Service("rtp", (_udp(10000, 20000),), "public", "The calls' audio; carriers send it from addresses they do not list (RFC 3550)."),
-    Service("udptl", (_udp(4000, 4999),), "public", "T.38 fax media, Asterisk's udptl.conf range."),
+    Service(
+        "udptl",
+        (_udp(4000, 4999),),
+        "public",
+        "T.38 fax media, Asterisk's udptl.conf range, which holds iax2's 4569: give one of them other ports.",
+    ),
     Service("http", (_tcp(80),), "public", "Plain HTTP; ends at HTTPS through a redirect."),
     Service("https", (_tcp(443),), "public", "The agents' and managers' web interface."),
     Service("wss", (_tcp(8089),), "restricted", "WebRTC phones: Asterisk's secure WebSocket, which is also its control port."),

@@ -23,6 +23,8 @@ def packet_from(source: str, to: str, to_addr: str | None, interface: str, state
         ports = parse_ports(to)
     except (AddressError, PortError) as error:
         raise UsageError(error.message, hint=error.hint) from error
+    if ports.ranges and ports.ranges[0][0] != ports.ranges[0][1]:
+        raise UsageError(f"`{to}` is a range: a packet goes to one port", hint=f"ask about {ports.protocol}/{ports.ranges[0][0]}")
     if state not in get_args(State):
         raise UsageError(f"there is no state `{state}`", hint=did_you_mean(state, get_args(State)) or ", ".join(get_args(State)))
     if destination is not None and destination[0] != version:

@@ -7,6 +7,7 @@ without the including file settling it, are a conflict that names both places.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,9 @@ def _includes(document: Document) -> list[tuple[str, Position]]:
     if not isinstance(names, list):
         return []
     folder = Path(document.file).parent
-    return [(str(folder / name), document.locate(("include", i))) for i, name in enumerate(names) if isinstance(name, str) and name]
+    return [
+        (os.path.normpath(folder / name), document.locate(("include", i))) for i, name in enumerate(names) if isinstance(name, str) and name
+    ]
 
 
 def _paths(document: Document) -> list[KeyPath]:

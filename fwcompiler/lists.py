@@ -120,6 +120,8 @@ class _Reader:
 
     def _bad(self, number: int, code: str, message: str, hint: str) -> None:
         left_out = ", line left out" if self._severity == "warning" else ""
+        if code in ("address-everyone", "address-loopback", "address-multicast"):
+            hint = f"if it is meant, say `allow: [{code.removeprefix('address-')}]` where the policy names this list"
         self._note(number, code, message + left_out, self._severity, hint)
 
     def _masked(self, number: int, text: str, masked: str) -> None:
@@ -161,14 +163,16 @@ def _table_cells(spec: ListFile, path: str, text: str, at: Position, report: Rep
     rows = csv.reader(io.StringIO("\n".join(lines[skipped:])), delimiter="\t" if path.lower().endswith(".tsv") else ",")
     heading = [cell.strip() for cell in next(rows, [])]
     if spec.column is None:
-        report.error("file-format", f"`{spec.file}` is a table: say which column", at, f"column: {heading[0] if heading else 'cidr'}")
+        first = next(rows, [])
+        likely = next((h for h, cell in zip(heading, first, strict=False) if parse_plain(cell.strip())), "cidr")
+        report.error("file-format", f"`{spec.file}` is a table: say which column", at, f"column: {likely}")
         return None
     if spec.column not in heading:
         report.error(
             "file-format",
             f"`{spec.file}` has no column `{spec.column}`",
             at,
-            did_you_mean(spec.column, heading) or f"its columns: {', '.join(heading)[:200]}",
+            did_you_mean(spec.column, heading) or (f"its columns: {', '.join(heading)[:200]}" if heading else "it has no heading"),
         )
         return None
     index = heading.index(spec.column)

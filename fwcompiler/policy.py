@@ -62,16 +62,16 @@ class AddressEntry(_Model):
 
 def _member_form(value: Any) -> str | None:
     if isinstance(value, str):
-        return "text"
+        return "<text>"
     if isinstance(value, ListFile | AddressEntry):
-        return "file" if isinstance(value, ListFile) else "address"
+        return "<file>" if isinstance(value, ListFile) else "<address>"
     if isinstance(value, dict):
-        return "address" if "address" in value else "file"
+        return "<address>" if "address" in value else "<file>"
     return None
 
 
 Member = Annotated[
-    Annotated[str, Tag("text")] | Annotated[ListFile, Tag("file")] | Annotated[AddressEntry, Tag("address")],
+    Annotated[str, Tag("<text>")] | Annotated[ListFile, Tag("<file>")] | Annotated[AddressEntry, Tag("<address>")],
     Discriminator(_member_form, custom_error_type="member", custom_error_message="an address, `{file: …}` or `{address: …}`"),
 ]
 
@@ -91,11 +91,11 @@ class Group(_Model):
 
 
 def _group_form(value: Any) -> str | None:
-    return "list" if isinstance(value, list) else "full" if isinstance(value, dict | Group) else None
+    return "<list>" if isinstance(value, list) else "<full>" if isinstance(value, dict | Group) else None
 
 
 GroupForm = Annotated[
-    Annotated[list[Member], Tag("list")] | Annotated[Group, Tag("full")],
+    Annotated[list[Member], Tag("<list>")] | Annotated[Group, Tag("<full>")],
     Discriminator(_group_form, custom_error_type="group", custom_error_message="a list of addresses, or a mapping with `members`"),
 ]
 
@@ -110,17 +110,17 @@ class Block(_Model):
 
 
 def _from_form(value: Any) -> str | None:
-    return "anywhere" if isinstance(value, str) else "groups" if isinstance(value, list) else None
+    return "<anywhere>" if isinstance(value, str) else "<groups>" if isinstance(value, list) else None
 
 
 From = Annotated[
-    Annotated[Literal["anywhere"], Tag("anywhere")] | Annotated[list[str], Tag("groups"), Field(min_length=1)],
+    Annotated[Literal["anywhere"], Tag("<anywhere>")] | Annotated[list[str], Tag("<groups>"), Field(min_length=1)],
     Discriminator(_from_form, custom_error_type="from", custom_error_message="`anywhere` or a list of groups"),
 ]
 PortsForm = Annotated[
-    Annotated[str, Tag("text")] | Annotated[int, Tag("number")] | Annotated[list[str | int], Tag("list"), Field(min_length=1)],
+    Annotated[str, Tag("<text>")] | Annotated[int, Tag("<number>")] | Annotated[list[str | int], Tag("<list>"), Field(min_length=1)],
     Discriminator(
-        lambda v: {str: "text", int: "number", list: "list"}.get(type(v)),
+        lambda v: {str: "<text>", int: "<number>", list: "<list>"}.get(type(v)),
         custom_error_type="ports",
         custom_error_message="a list as in `[tcp/9100, udp/4000-4999]`",
     ),
@@ -142,10 +142,20 @@ class ServiceEntry(_Model):
     )
 
 
+Sources = Annotated[
+    Annotated[str, Tag("<one>")] | Annotated[list[str], Tag("<several>"), Field(min_length=1)],
+    Discriminator(
+        lambda v: {str: "<one>", list: "<several>"}.get(type(v)),
+        custom_error_type="sources",
+        custom_error_message="a group, an address, `anywhere`, or a list of them",
+    ),
+]
+
+
 class PolicyTest(_Model):
     """An expectation that every check, diff and apply verifies."""
 
-    from_: str | list[str] = Field(alias="from", description="A group, an address, a prefix, a range or `anywhere`.")
+    from_: Sources = Field(alias="from", description="A group, an address, a prefix, a range or `anywhere`.")
     to: str = Field(description="`udp/5060`, `tcp/10000-20000`, `vrrp`, `icmp` …")
     expect: Literal["accept", "drop"] = Field(description="The verdict for all of these packets.")
     state: Literal["new", "established", "related", "invalid"] = Field(
@@ -158,7 +168,9 @@ class Policy(_Model):
 
     version: Literal[1] = Field(description="Version of the policy language.")
     name: str = Field(default="", max_length=200, description="What this policy is for; shown in listings.")
-    include: list[str] = Field(default_factory=list, description="Other policy files to merge in; this file wins over them.")
+    include: list[Annotated[str, StringConstraints(min_length=1)]] = Field(
+        default_factory=list, description="Other policy files to merge in; this file wins over them."
+    )
     groups: dict[Name, GroupForm] = Field(default_factory=dict, description="Named sets of addresses.")
     block: Block | None = Field(default=None, description="Sources that are dropped first.")
     trust: list[str] = Field(default_factory=list, description="Groups whose every packet is accepted.")
@@ -195,10 +207,10 @@ def _report_item(document: Document, report: Report, item: dict[str, Any]) -> No
         return report.error("value", f"`{item['input']}` is not a duration", at, "write 90s, 30m, 12h or 7d")
     if kind in ("literal_error", "greater_than_equal", "less_than_equal", "too_short", "string_too_short", "string_too_long"):
         return report.error("value", _value_message(item), at, _value_hint(item, path))
-    if kind in ("member", "group", "from", "ports"):
+    if kind in ("member", "group", "from", "ports", "sources"):
         return report.error("type", f"expected {item['msg']}, found {_kind_of(item['input'])}", at)
     expected = _EXPECTED.get(kind, item["msg"][:1].lower() + item["msg"][1:])
-    report.error("type", f"`{_readable(path)}` must be {expected}, found {_kind_of(item['input'])}", at, _type_hint(item))
+    report.error("type", f"`{_readable(path)}` must be {expected}, found {_kind_of(item['input'])}", at, _type_hint(item, path))
     return None
 
 
@@ -232,20 +244,21 @@ def _report_unknown_key(document: Document, report: Report, path: KeyPath) -> No
         )
 
 
-_TAGS = frozenset(("text", "file", "address", "list", "full", "anywhere", "groups", "number", "[key]"))
-
-
 def _keys_at(path: KeyPath) -> list[str]:
     """Names of the keys that the language has at a place of the document."""
     models: dict[str, type[BaseModel]] = {"services": ServiceEntry, "groups": Group, "tests": PolicyTest, "block": Block}
     model: type[BaseModel] = models.get(str(path[0]), Policy) if path else Policy
     if path and path[0] == "groups":
-        model = AddressEntry if path[-1] == "address" else ListFile if path[-1] == "file" else Dynamic if path[-1] == "dynamic" else Group
+        model = (
+            AddressEntry if path[-1] == "<address>" else ListFile if path[-1] == "<file>" else Dynamic if path[-1] == "dynamic" else Group
+        )
     return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def _missing_hint(path: KeyPath) -> str:
     hints = {"version": "`version: 1` says which policy language this is", "from": "say `from: anywhere` or name the groups"}
+    if path[0] == "block":
+        return "name the groups to block"
     return hints.get(str(path[-1]), "")
 
 
@@ -265,18 +278,25 @@ def _value_message(item: dict[str, Any]) -> str:
 
 
 def _value_hint(item: dict[str, Any], path: KeyPath) -> str:
-    if "from" in path and isinstance(item["input"], str):
-        return f"a group is named in a list: [{item['input']}]"
-    if item["type"] == "literal_error" and isinstance(item["input"], str):
-        return did_you_mean(item["input"], re.findall(r"'([^']+)'", item["ctx"]["expected"]))
     if path and path[-1] == "version":
         return "this version of fwc reads `version: 1`"
+    if "from" in path and isinstance(item["input"], str):
+        return did_you_mean(item["input"], ["anywhere"]) or f"a group is named in a list: [{item['input']}]"
+    if item["type"] == "literal_error" and isinstance(item["input"], str):
+        return did_you_mean(item["input"], re.findall(r"'([^']+)'", item["ctx"]["expected"]))
     return ""
 
 
-def _type_hint(item: dict[str, Any]) -> str:
+_FORMS = {"timeout": "write 90s, 30m, 12h or 7d", "to": "write udp/5060, tcp/10000-20000, vrrp or icmp"}
+
+
+def _type_hint(item: dict[str, Any], path: KeyPath) -> str:
+    if item["type"] == "list_type" and item["input"] == "anywhere":
+        return "name groups here; what is open to anywhere is said at a service"
     if item["type"] == "list_type" and isinstance(item["input"], str):
         return f"write a list: [{item['input']}]"
+    if path and path[-1] in _FORMS:
+        return _FORMS[str(path[-1])]
     if item["type"] == "string_type" and isinstance(item["input"], int | float):
         return "put it in quotes if it is meant as text"
     return ""
@@ -293,7 +313,7 @@ def _kind_of(value: Any) -> str:
 
 
 def _readable(path: KeyPath) -> str:
-    parts: list[Key] = [p for p in path if p not in _TAGS]
+    parts: list[Key] = [p for p in path if not str(p).startswith(("<", "["))]
     return ".".join(str(p) for p in parts) or "policy"
 
 

@@ -12,7 +12,7 @@ from datetime import date
 from itertools import combinations
 from pathlib import Path
 
-from fwcompiler.addresses import EVERYONE, NOBODY, AddressError, Addresses, parse_entry
+from fwcompiler.addresses import EVERYONE, LOOPBACK, NOBODY, AddressError, Addresses, parse_entry
 from fwcompiler.catalogue import CATALOGUE, Class
 from fwcompiler.diagnostics import Position, Report, did_you_mean
 from fwcompiler.lists import AddressList, read_list
@@ -175,9 +175,18 @@ class _Stage:
         failed = sum(f.is_error for f in self.report.findings) > errors
         if not addresses and not group.dynamic and not failed:
             self.report.error("empty-group", f"group `{name}` has no address", at, "an empty group is never read as everyone")
+        self._refuse_everyone(name, group, addresses, at)
         timeout = self._timeout(group, path)
         size = group.dynamic.max if group.dynamic else None
         return ResolvedGroup(name, addresses, at, tuple(lists), tuple(inline), timeout, size)
+
+    def _refuse_everyone(self, name: str, group: Group, addresses: Addresses, at: Position) -> None:
+        """Entries that are fine one by one can be everyone together."""
+        allowed = any("everyone" in m.allow for m in group.members if not isinstance(m, str))
+        for version in (4, 6):
+            if addresses.family(version) == EVERYONE.family(version) and not allowed:
+                hint = "write `from: anywhere` at the service if it is public, or say `allow: [everyone]` at an entry"
+                self.report.error("address-everyone", f"together, the entries of `{name}` are every IPv{version} address", at, hint)
 
     def _member_at(self, path: KeyPath, index: int) -> Position:
         for candidate in ((*path, "members", index), (*path, index)):
@@ -204,9 +213,9 @@ class _Stage:
         except AddressError as error:
             hint = error.hint
             if error.code == "address-everyone" and isinstance(member, str):
-                hint = f"write `from: anywhere` at the service, or {{address: {text}, allow: [everyone]}} if it is meant"
+                hint = f'write `from: anywhere` at the service, or {{address: "{text}", allow: [everyone]}} if it is meant'
             elif error.code in ("address-loopback", "address-multicast") and isinstance(member, str):
-                hint = f"write {{address: {text}, allow: [{error.code.removeprefix('address-')}]}} if it is meant"
+                hint = f'write {{address: "{text}", allow: [{error.code.removeprefix("address-")}]}} if it is meant'
             self.report.error(error.code, error.message, at, hint)
             return
         if entry.masked:
@@ -268,7 +277,7 @@ class _Stage:
         known = CATALOGUE.get(name)
         if entry.ports is None:
             if known is None:
-                hint = did_you_mean(name, CATALOGUE) or f"ports: [tcp/{9100}] makes it a service of your own"
+                hint = did_you_mean(name, CATALOGUE) or "ports: [tcp/9100] makes it a service of your own"
                 self.report.error("service-ports", f"`{name}` is not in the catalogue and names no ports", self._key(path), hint)
                 return ()
             return known.ports
@@ -285,7 +294,12 @@ class _Stage:
     def _port_item(self, text: str, standard: tuple[Ports, ...]) -> list[Ports]:
         """`udp/5080`, or `5080` alone where the catalogue knows the protocol."""
         if "/" in text or not text[:1].isdigit():
-            return [parse_ports(text)]
+            ports = parse_ports(text)
+            if ports.protocol in ("icmp", "icmpv6"):
+                raise PortError(
+                    "port", f"{ports.protocol} is no service: a host cannot do without it", "fwc accepts what is needed, and ping"
+                )
+            return [ports]
         protocols = sorted({p.protocol for p in standard if p.protocol in WITH_PORTS})
         if not protocols:
             parse_port_range(text)
@@ -328,7 +342,7 @@ class _Stage:
 
     def _test_source(self, source: str, groups: Mapping[str, ResolvedGroup]) -> Addresses:
         if source == "anywhere":
-            return EVERYONE
+            return EVERYONE - Addresses((LOOPBACK[4],), (LOOPBACK[6],))
         if source in groups:
             return groups[source].addresses
         try:
@@ -355,7 +369,7 @@ def _refuse_overlaps(services: tuple[ResolvedService, ...], report: Report) -> N
             texts = ", ".join(t for c in common for t in c.texts())
             report.error(
                 "duplicate-service",
-                f"`{second.name}` and `{first.name}` (line {first.at.line}) both claim {texts}",
+                f"`{second.name}` and `{first.name}` ({first.at}) both claim {texts}",
                 second.at,
                 "a port belongs to one service: change `ports` of one of them",
             )
@@ -381,4 +395,7 @@ def _warn_swallowed(resolved: Resolved, report: Report) -> None:
         lost = group.addresses & blocked
         if lost:
             what = "every address" if not group.addresses - blocked else ", ".join(lost.texts()[:3]) + (" …" if len(lost) > 3 else "")
-            report.warn("swallowed", f"the block list drops {what} of `{name}`", resolved.block.at, f"add `{name}` to `except`")
+            spared = ", ".join((*resolved.block.excepted, name))
+            report.warn(
+                "swallowed", f"the block list drops {what} of `{name}`", resolved.block.at, f"if that is not meant: except: [{spared}]"
+            )

@@ -25,6 +25,8 @@ MAX_ALIASED = 100_000
 Key = str | int
 KeyPath = tuple[Key, ...]
 
+_NOT_TEXT = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+"""Characters that YAML does not allow (YAML 1.2.2, section 5.1)."""
 _INT = re.compile(r"[-+]?(0|[1-9][0-9]*)$")
 _FLOAT = re.compile(r"[-+]?[0-9]+\.[0-9]+$")
 _OCTAL = re.compile(r"[-+]?0[0-9]+$")
@@ -62,7 +64,8 @@ def read_file(path: str, report: Report, at: Position | None = None, *, limit: i
             raw = stream.read(limit + 1)
     except (OSError, ValueError) as error:
         reason = error.strerror.lower() if isinstance(error, OSError) and error.strerror else str(error)
-        report.error("file-missing", f"cannot read `{path}`: {reason}", at, "paths are relative to the file that names them")
+        hint = "paths are relative to the file that names them" if at else ""
+        report.error("file-missing", f"cannot read `{path}`: {reason}", at, hint)
         return None
     if len(raw) > limit:
         report.error("file-size", f"`{path}` is larger than {limit >> 20} MiB", at)
@@ -91,12 +94,16 @@ def parse_document(file: str, text: str, report: Report) -> Document | None:
             if builder.stopped:
                 break
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
+        unclosed = "quoted scalar" in (error.context or "")
+        mark = error.context_mark if unclosed and error.context_mark else error.problem_mark or error.context_mark
         at = Position(file, mark.line + 1, mark.column + 1) if mark else Position(file, 1)
-        problem = error.problem or "not YAML"
+        problem = "this quote is not closed" if unclosed and "end of stream" in (error.problem or "") else error.problem or "not YAML"
         report.error("yaml", problem, at, _yaml_hint(problem, text, at))
     except (yaml.YAMLError, ValueError) as error:
-        report.error("yaml", str(error).splitlines()[0], Position(file, 1), "policy files are plain UTF-8 text")
+        odd = _NOT_TEXT.search(text)
+        line = text.count("\n", 0, odd.start()) + 1 if odd else 1
+        column = odd.start() - text.rfind("\n", 0, odd.start()) if odd else 1
+        report.error("yaml", str(error).splitlines()[0], Position(file, line, column), "policy files are plain UTF-8 text")
     if len(report.findings) > before and report.failed:
         return None
     return builder.document
@@ -109,7 +116,9 @@ def _yaml_hint(problem: str, text: str, at: Position) -> str:
         return "YAML indents with spaces, not with tabs"
     if re.search(r"[\[,]\s*::", line):
         return 'an address that starts with a colon needs quotes inside brackets: ["::1"]'
-    if "expected ',' or" in problem or "block end" in problem or "mapping values" in problem:
+    if re.search(r"[:\[,-]\s*[@`%]", line):
+        return "text that starts with @, ` or % needs quotes"
+    if re.search("expected (',' or|<block end>|key|node content)|did not find expected|mapping values", problem):
         return "look for a missing comma, bracket or colon, or for uneven indentation, here or on the line above"
     return ""
 
@@ -210,6 +219,8 @@ class _Builder:
         if path in self.document.keys:
             first = self.document.keys[path]
             self._report.error("duplicate-key", f"`{key}` is already given in line {first.line}", self._at(event), "keep one of them")
+            # What hangs below the second one is not a duplicate by itself.
+            key = f"{key} (again)"
         else:
             self.document.keys[path] = self._at(event)
         frame.key = key

@@ -116,6 +116,8 @@ def status_text(found: StatusShape) -> str:
         lines.append("nothing of fwc is loaded" if found["in_sync"] else "rules of fwc are loaded here as well")
     else:
         lines.append(f"backend {found['backend']}: {'in sync' if found['in_sync'] else 'drifted'}")
+    if found["second_reading"] is not None:
+        lines.append(f"second reading (python-iptables): {found['second_reading']}")
     if found["drift"]:
         lines.append("what differs, as an apply would change it:")
         lines += [f"  {line}" for line in found["drift"][:40]]

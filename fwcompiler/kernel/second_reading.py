@@ -55,7 +55,7 @@ def ask() -> Answer:
 
 
 def _answer(code: int, out: str, err: str) -> Answer:
-    if code == 0:
+    if code == 0 and out:
         return Answer() if out == "missing" else Answer(out)
     if code < 0:
         name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"

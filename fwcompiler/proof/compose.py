@@ -151,18 +151,11 @@ class _Reader:
         match match:
             case InSet(_, _, version, _) | InRanges(_, version, _, _) | Family(version) | TypeIn(version, _) if version != self._version:
                 return None
-            case InSet(side, name, _, negated):
-                known = self._sets.get(name)
-                if known is None or known.dynamic:
-                    return [Condition(_SIDE[side], negated=negated, atom=f"{side} is a member of {name}")]
-                return [Condition(_SIDE[side], known.ranges, negated)]
-            case InRanges(side, _, ranges, negated):
-                return [Condition(_SIDE[side], ranges, negated)]
-            case Family():
-                return []
-            case Interface("in", name, negated):
-                return [Condition(INTERFACE, frozenset((name,)), negated)]
-            case Interface(_, name, negated):
+            case InSet() | InRanges() | Family():
+                return self._addresses(match)
+            case Interface(way, name, negated):
+                if way == "in":
+                    return [Condition(INTERFACE, frozenset((name,)), negated)]
                 # Nothing goes out while it comes in: an output interface is empty at the input hook.
                 return [] if negated else None
             case ProtocolIs(number, negated):
@@ -178,6 +171,18 @@ class _Reader:
                 return [self._atom(limit_text(match))]
             case Unknown(text):
                 return [self._atom(f"unknown: {text}")]
+
+    def _addresses(self, match: InSet | InRanges | Family) -> list[Condition]:
+        match match:
+            case InSet(side, name, _, negated):
+                known = self._sets.get(name)
+                if known is None or known.dynamic:
+                    return [Condition(_SIDE[side], negated=negated, atom=f"{side} is a member of {name}")]
+                return [Condition(_SIDE[side], known.ranges, negated)]
+            case InRanges(side, _, ranges, negated):
+                return [Condition(_SIDE[side], ranges, negated)]
+            case Family():
+                return []
 
     def _atom(self, text: str) -> Condition:
         self._seen[text] = self._seen.get(text, 0) + 1
