@@ -64,15 +64,13 @@ class Target:
     protocol: str
     port: int = 0
 
-    def protocol_in(self, version: int) -> str | None:
-        """The protocol in one family: a ping is ICMP in both; None where a service has no meaning there."""
-        if self.service == PING:
-            return "icmp" if version == 4 else "icmpv6"
-        return None if {"icmp": 4, "icmpv6": 6}.get(self.protocol, version) != version else self.protocol
+    def protocol_in(self, version: int) -> str:
+        """The protocol in one family: a ping is ICMP or ICMPv6."""
+        return self.protocol if version == 4 or self.service != PING else "icmpv6"
 
     def text(self, version: int) -> str:
         """`udp/5060`, `vrrp`."""
-        return f"{self.protocol}/{self.port}" if self.port else str(self.protocol_in(version))
+        return f"{self.protocol}/{self.port}" if self.port else self.protocol_in(version)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,11 +198,10 @@ def plan_lab(policy: Resolved, others: Iterable[Client] = ()) -> LabPlan:
     stations, homes = _stations(meaning, clients)
     targets = tuple(_targets(policy))
     trials = tuple(
-        _trial(meaning, client, version, target, protocol, homes[version, client.addresses[version]])
+        _trial(meaning, client, version, target, homes[version, client.addresses[version]])
         for client in clients
         for version in client.addresses
         for target in targets
-        if (protocol := target.protocol_in(version)) is not None
     )
     return LabPlan(host, clients, targets, stations, trials, left_out)
 
@@ -214,17 +211,14 @@ def choose_clients(policy: Resolved) -> tuple[tuple[Client, ...], tuple[str, ...
     named = dict.fromkeys((*policy.trust, *(g for s in policy.services for g in s.groups or ())))
     block = policy.block
     excepted = block.excepted if block else ()
-    everyone = policy.addresses(policy.groups)
     blocked = policy.addresses(block.groups) - policy.addresses(excepted) if block else NOBODY
     taken: dict[int, set[int]] = {4: set(), 6: set()}
     clients: list[Client] = []
     left_out: list[str] = []
     for name in dict.fromkeys((*named, *excepted)):
-        own = policy.groups[name].addresses
-        others = policy.addresses(g for g in policy.groups if g != name)
-        clients.append(_client(name, (own - blocked - others, own - blocked, own), taken))
+        clients.append(_client(name, _of_group(policy, name, blocked), taken))
         left_out += _missing(policy, clients[-1])
-    clients.append(_client(STRANGER, (STRANGER_POOL - everyone, EVERYONE - everyone), taken))
+    clients.append(_client(STRANGER, (_less(policy, pool) for pool in (STRANGER_POOL, EVERYONE)), taken))
     for name in block.groups if block else ():
         label = BLOCKED if block and len(block.groups) == 1 else f"{BLOCKED} by {name}"
         clients.append(_client(label, (policy.groups[name].addresses & blocked,), taken))
@@ -234,6 +228,22 @@ def choose_clients(policy: Resolved) -> tuple[tuple[Client, ...], tuple[str, ...
     return tuple(c for c in clients if c.addresses), tuple(left_out)
 
 
+def _of_group(policy: Resolved, name: str, blocked: Addresses) -> Iterator[Addresses]:
+    """Addresses that can stand for a group, the most telling ones first: those that no other group has."""
+    own = policy.groups[name].addresses
+    yield _less(policy, own - blocked, but=name)
+    yield own - blocked
+    yield own
+
+
+def _less(policy: Resolved, addresses: Addresses, but: str = "") -> Addresses:
+    """What no group has; `but` is not counted. One group after the other: most are small, and so is what is left."""
+    for group in policy.groups.values():
+        if group.name != but:
+            addresses = addresses - group.addresses
+    return addresses
+
+
 def _missing(policy: Resolved, client: Client) -> Iterator[str]:
     if not client.addresses:
         why = "has dynamic members only" if policy.groups[client.name].dynamic else "has no address that a station could use"
@@ -241,16 +251,18 @@ def _missing(policy: Resolved, client: Client) -> Iterator[str]:
 
 
 def _client(name: str, choices: Iterable[Addresses], taken: Mapping[int, set[int]]) -> Client:
-    """The first choice that has a free address, by family; an address of another client rather than none."""
-    listed = list(choices)
+    """By family, from the first choice that has a free address; an address of another client rather than none."""
     found: dict[int, int] = {}
-    for version in FAMILIES:
-        address = next((a for c in listed if (a := pick(c, version, taken[version])) is not None), None)
-        if address is None:
-            address = next((a for c in listed if (a := pick(c, version)) is not None), None)
-        if address is not None:
-            found[version] = address
-            taken[version].add(address)
+    looked_at: list[Addresses] = []
+    for choice in choices:
+        looked_at.append(choice)
+        found = {v: a for v in FAMILIES if (a := found.get(v, pick(choice, v, taken[v]))) is not None}
+        if len(found) == len(FAMILIES):
+            break
+    for choice in looked_at:
+        found = {v: a for v in FAMILIES if (a := found.get(v, pick(choice, v))) is not None}
+    for version, address in found.items():
+        taken[version].add(address)
     return Client(name, found)
 
 
@@ -269,7 +281,7 @@ def pick(addresses: Addresses, version: int, avoid: Iterable[int] = ()) -> int |
 def _host_address(policy: Resolved, version: int, clients: Iterable[Client]) -> int:
     """One that no client has, and no group if that can be had."""
     taken = {c.addresses[version] for c in clients if version in c.addresses}
-    for choice in (HOST_POOL - policy.addresses(policy.groups), HOST_POOL):
+    for choice in (_less(policy, HOST_POOL), HOST_POOL):
         address = pick(choice, version, taken)
         if address is not None:
             return address
@@ -320,8 +332,9 @@ def _uncovered(services: Iterable[ResolvedService], protocol: str) -> int | None
     return next((port for port in range(9, LAST_PORT + 1) if not any(covers(r, port) for r in ranges)), None)
 
 
-def _trial(meaning: Sequence[Clause], client: Client, version: int, target: Target, protocol: str, station: int) -> Trial:
-    number, source = PROTOCOLS[protocol], client.addresses[version]
+def _trial(meaning: Sequence[Clause], client: Client, version: int, target: Target, station: int) -> Trial:
+    protocol, source = target.protocol_in(version), client.addresses[version]
+    number = PROTOCOLS[protocol]
     packet = Packet(version, source, number, target.port, icmp_type=ECHO_REQUEST.get(number, 0), interface=f"eth{station}")
     clause = _decide(meaning, packet)
     return Trial(client, version, target, packet, Probe(station, version, protocol, target.port, clause.verdict == "accept"), clause)

@@ -20,7 +20,9 @@ from fwcompiler.kernel import observe as kernel
 from fwcompiler.lower import lower
 from fwcompiler.plan import Plan, make_plan, with_contents
 from fwcompiler.policy import Policy, validate
-from fwcompiler.proof.access import compare
+from fwcompiler.proof.describe import CounterExample, counter_examples
+from fwcompiler.proof.meaning import clauses
+from fwcompiler.proof.prove import prove
 from fwcompiler.registry import installed, load
 from fwcompiler.resolve import Resolved, resolve
 from fwcompiler.ruleset import Ruleset
@@ -99,7 +101,7 @@ def normal_form(compiled: Compiled, backend: Backend) -> NormalForm:
 
     Raises:
         PolicyRejected: the backend cannot express something.
-        HostRefused: a program is missing, the kernel refuses, or the listing grants other access than the policy.
+        HostRefused: a program is missing, the kernel refuses, or the listing does not mean what the policy says.
     """
     render_check = backend.refuse(compiled.ruleset)
     if render_check:
@@ -108,14 +110,19 @@ def normal_form(compiled: Compiled, backend: Backend) -> NormalForm:
     with netns.scratch() as scratch, scratch.entered():
         listing = runner.try_out(backend.load(compiled.ruleset), backend.listing())
     listed = with_contents(backend.parse(listing), compiled.ruleset)
-    difference = compare(compiled.ruleset, listed)
-    if difference.gained or difference.lost:
-        wrong = (*difference.gained, *difference.lost)[0]
+    wrong = disproof(compiled, listed)
+    if wrong:
         raise HostRefused(
-            f"{backend.name} loaded rules that treat {wrong.sources()[0]} to {wrong.to} differently from the policy; nothing was changed",
+            f"{backend.name} loaded rules that do not mean what the policy says; nothing was changed\n  {wrong[0]}",
             hint="this is a bug in fwc: please report it with the policy",
         )
     return NormalForm(listed, listing)
+
+
+def disproof(compiled: Compiled, ruleset: Ruleset) -> tuple[CounterExample, ...]:
+    """Packets that a ruleset treats otherwise than the policy's meaning says; none: proven equal for all packets."""
+    differences = prove(clauses(compiled.resolved), ruleset)
+    return tuple(counter_examples(differences, compiled.resolved, ruleset))
 
 
 def observe(host: Host, known: Mapping[str, Ranges] | None = None) -> Ruleset:

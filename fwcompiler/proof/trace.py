@@ -1,0 +1,131 @@
+"""Sends one packet through a ruleset, rule by rule, and says which rule decides it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fwcompiler.addresses import covers
+from fwcompiler.ports import PROTOCOLS
+from fwcompiler.proof.fields import Packet
+from fwcompiler.ruleset import (
+    AddressSet,
+    Chain,
+    Family,
+    Final,
+    Goto,
+    InRanges,
+    InSet,
+    Interface,
+    Jump,
+    Limit,
+    Match,
+    PortIn,
+    ProtocolIs,
+    Rule,
+    Ruleset,
+    StateIn,
+    TypeIn,
+    Unknown,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What a ruleset does with a packet. `rule` is None where a base chain's policy decides, or nothing of ours.
+
+    `unsure` names the first match on the way that nobody models; the verdict holds if that match does not.
+    """
+
+    verdict: str
+    chain: str = ""
+    rule: Rule | None = None
+    unsure: str = ""
+
+    @property
+    def service(self) -> str:
+        """The service under which the deciding rule counts, or the empty string."""
+        return self.rule.service if self.rule else ""
+
+
+def trace(ruleset: Ruleset, packet: Packet, hook: str = "input") -> Decision:
+    """Run all base chains of a hook in order; a drop in one is final, an accept goes on to the next.
+
+    Limits count as not exhausted; members of dynamic sets are those that were read.
+    """
+    runner = _Trace(ruleset, packet)
+    last = Decision("accept")
+    for chain in sorted((c for c in ruleset.chains if c.hook), key=lambda c: c.hook.priority if c.hook else 0):
+        if chain.hook is None or chain.hook.name != hook:
+            continue
+        decided = runner.chain(chain, 0) or Decision(chain.hook.policy, chain.name)
+        last = Decision(decided.verdict, decided.chain, decided.rule, runner.unsure)
+        if last.verdict != "accept":
+            break
+    return last
+
+
+class _Trace:
+    def __init__(self, ruleset: Ruleset, packet: Packet) -> None:
+        self._chains: Mapping[str, Chain] = {c.name: c for c in ruleset.chains}
+        self._sets: Mapping[str, AddressSet] = {s.name: s for s in ruleset.sets}
+        self._packet = packet
+        self.unsure = ""
+
+    def chain(self, chain: Chain, depth: int) -> Decision | None:
+        """The decision in a chain, or None where the packet comes out at its end."""
+        for rule in chain.rules:
+            if not all(self._holds(m) for m in rule.matches):
+                continue
+            unknown = next((m.text for m in rule.matches if isinstance(m, Unknown)), "")
+            if unknown:
+                self.unsure = self.unsure or unknown
+                continue
+            match rule.verdict:
+                case None:
+                    continue
+                case Final.RETURN:
+                    return None
+                case Final():
+                    return Decision(rule.verdict.value, chain.name, rule)
+                case Goto(name) | Jump(name):
+                    called = self._chains.get(name)
+                    inner = self.chain(called, depth + 1) if called and depth < 64 else None
+                    if inner or isinstance(rule.verdict, Goto):
+                        return inner
+        return None
+
+    def _holds(self, match: Match) -> bool:
+        packet = self._packet
+        match match:
+            case InSet() | InRanges():
+                return self._address(match)
+            case Family(version):
+                return packet.version == version
+            case Interface(way, name, negated):
+                return way == "in" and (packet.interface == name) != negated
+            case ProtocolIs(number, negated):
+                return (packet.protocol == number) != negated
+            case PortIn(side, protocol, (low, high), negated):
+                port = packet.port if side == "destination" else packet.source_port
+                return packet.protocol == PROTOCOLS[protocol] and (low <= port <= high) != negated
+            case StateIn(states, negated):
+                return (packet.state in states) != negated
+            case TypeIn(version, types):
+                number = PROTOCOLS["icmp" if version == 4 else "icmpv6"]
+                return packet.version == version and packet.protocol == number and packet.icmp_type in types
+            case Limit() | Unknown():
+                return True
+
+    def _address(self, match: InSet | InRanges) -> bool:
+        if match.version != self._packet.version:
+            return False
+        value = self._packet.source if match.side == "source" else self._packet.destination
+        inside = value is not None and self._contains(match, value)
+        return inside != match.negated
+
+    def _contains(self, match: InSet | InRanges, value: int) -> bool:
+        if isinstance(match, InRanges):
+            return covers(match.ranges, value)
+        known = self._sets.get(match.set)
+        return known is not None and (covers(known.ranges, value) or any(value == address for address, _ in known.members))
