@@ -6,6 +6,7 @@ Commands themselves are in `fwcompiler.commands`; this module imports them, and 
 from __future__ import annotations
 
 import gc
+import io
 import os
 import sys
 
@@ -30,6 +31,9 @@ def run(arguments: list[str]) -> int:
         return 0
     # Nothing here lives long enough for cycles to matter, and collecting over 100,000 addresses takes time.
     gc.disable()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = _dispatch(common_first(arguments or ["--help"]))
         return _flushed(code if arguments else EXIT_USAGE)

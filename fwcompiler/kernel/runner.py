@@ -71,6 +71,7 @@ def run(command: Command) -> str:
         input=command.stdin,
         capture_output=True,
         text=True,
+        errors="surrogateescape",  # comments in other people's rules are bytes
         check=False,
         env={**os.environ, "PATH": os.pathsep.join(search_path()), "LC_ALL": "C"},
     )
