@@ -9,7 +9,7 @@ from pathlib import Path
 from fwcompiler.backend import Backend
 from fwcompiler.diagnostics import HostRefused, RolledBack
 from fwcompiler.kernel import netns, runner
-from fwcompiler.pipeline import Compiled, Host, NormalForm, list_sizes, observe
+from fwcompiler.pipeline import Compiled, Host, NormalForm, disproof, list_sizes, observe
 from fwcompiler.plan import Plan, make_plan
 from fwcompiler.registry import load
 from fwcompiler.ruleset import Ruleset
@@ -41,14 +41,14 @@ def apply(compiled: Compiled, plan: Plan, wanted: NormalForm, host: Host) -> App
         if plan.steps:
             with host.namespace.entered():
                 runner.execute(plan.steps)
-            _verify(plan, host)
+            _verify(compiled, plan, host)
     except BaseException:
         host.state.discard(pending)
         raise
     try:
         generation = host.state.commit(pending)
     except HostRefused as refused:
-        put_back(observe(host, {s.name: s.ranges for s in plan.wanted.sets}), plan.live, host)
+        _return(plan, host)
         refused.message += "; the previous ruleset was restored"
         raise
     if before is not None:
@@ -71,13 +71,30 @@ def _record(compiled: Compiled, wanted: NormalForm, backend: Backend) -> Record:
     )
 
 
-def _verify(plan: Plan, host: Host) -> None:
-    """Read the live rules back; where they are not what was wanted, put back what was there before."""
-    after = observe(host, {s.name: s.ranges for s in plan.wanted.sets})
-    if make_plan(host.backend, after, plan.wanted).in_sync:
-        return
-    put_back(after, plan.live, host)
-    raise RolledBack("the kernel lists other rules than were sent; the previous ruleset was restored")
+def _verify(compiled: Compiled, plan: Plan, host: Host) -> None:
+    """Read the live rules back and prove them; where anything is wrong with them, put back what was there before."""
+    try:
+        after = observe(host, {s.name: s.ranges for s in plan.wanted.sets})
+        if not make_plan(host.backend, after, plan.wanted).in_sync:
+            raise RolledBack("the kernel lists other rules than were sent")
+        wrong = disproof(compiled, after)
+        if wrong:
+            raise RolledBack(f"the live rules do not mean what the policy says\n  {wrong[0]}")
+    except BaseException as error:
+        _return(plan, host)
+        if isinstance(error, RolledBack):
+            error.message += "; the previous ruleset was restored"
+            raise
+        raise RolledBack(f"{error or type(error).__name__}; the previous ruleset was restored") from error
+
+
+def _return(plan: Plan, host: Host) -> None:
+    """Go back to what was there before a commit, also where the kernel cannot be read at present."""
+    try:
+        now = observe(host, {s.name: s.ranges for s in plan.wanted.sets})
+    except HostRefused:
+        now = replace(plan.wanted, others=("set unlisted",))
+    put_back(now, plan.live, host)
 
 
 def put_back(now: Ruleset, before: Ruleset, host: Host) -> None:

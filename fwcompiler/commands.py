@@ -180,7 +180,7 @@ def apply(
             if not planned.in_sync:
                 if not options.json:
                     _show_plan(planned, compiled, options)
-                _ask(yes)
+                _ask(yes, "apply this?")
             applied = stage.apply(compiled, planned, wanted, host)
     if options.json:
         from fwcompiler.report import diff_json
@@ -197,12 +197,12 @@ def _must_ask(yes: bool) -> None:
         raise UsageError("nobody to ask: standard input is no terminal; nothing was changed", hint="say --yes")
 
 
-def _ask(yes: bool) -> None:
+def _ask(yes: bool, question: str) -> None:
     if yes:
         return
-    print("apply this? [y/N] ", end="", file=sys.stderr, flush=True)
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-        raise UsageError("not applied; nothing was changed")
+        raise UsageError("not confirmed; nothing was changed")
 
 
 @app.command()
@@ -216,7 +216,7 @@ def status(context: typer.Context) -> int:
     if options.json:
         _print_json(found)
     else:
-        print(status_text(found))
+        print(status_text(found, color=options.color_out))
     return EXIT_OK
 
 
@@ -257,7 +257,7 @@ def lab(context: typer.Context, policy: PolicyFile) -> int:
     if options.json:
         _print_json(result.as_json())
     else:
-        print(lab_text(result))
+        print(lab_text(result, color=options.color_out))
     return EXIT_OK if result.agrees else EXIT_DIFFERS
 
 
@@ -277,9 +277,7 @@ def remove(
     state = _state(options)
     _must_ask(yes)
     with _target(options) as namespace, state.lock():
-        if not yes:
-            print("this takes out all rules of fwc; what they protected is open then", file=sys.stderr)
-        _ask(yes)
+        _ask(yes, "take out all rules of fwc? what they protect is open then")
         removed = list(stage.remove(backends, namespace, state))
     if options.json:
         _print_json({"removed": removed})
@@ -305,9 +303,11 @@ def backends(context: typer.Context) -> int:
     if options.json:
         _print_json({"backends": rows})
         return EXIT_OK
-    for row in rows:
-        state = "usable" if row["usable"] else row["error"] or f"missing: {', '.join(row['missing'])}"
-        print(f"{row['name']:<16} {state:<24} {row['from']}")
+    from fwcompiler.tables import table_text
+
+    states = ["usable" if r["usable"] else r["error"] or f"missing: {', '.join(r['missing'])}" for r in rows]
+    lines = [(r["name"], state, r["from"]) for r, state in zip(rows, states, strict=True)]
+    print(table_text(("backend", "state", "from"), lines, color=options.color_out))
     return EXIT_OK
 
 

@@ -122,7 +122,7 @@ def _accept_groups(policy: Resolved, groups: Iterable[str], service: str, at: Po
 
 
 def _dispatch(services: Iterable[ResolvedService]) -> Iterator[Rule]:
-    """One rule a port range, by protocol and port: a form that every backend can turn into one look-up."""
+    """One rule a port range, by protocol and port."""
     entries = [(p.protocol, span, s) for s in services for p in s.ports for span in p.ranges or (None,)]
     for protocol, span, service in sorted(entries, key=lambda e: (e[0], e[1] or (0, 0))):
         match: Match = ProtocolIs(PROTOCOLS[protocol]) if span is None else PortIn("destination", protocol, span)
@@ -140,7 +140,7 @@ def _service_chain(service: ResolvedService, policy: Resolved) -> Chain:
 
 def _icmp() -> Iterator[Rule]:
     for version, types in ((4, ICMP_ERRORS), (6, ICMPV6_NEEDED)):
-        yield Rule((TypeIn(version, types),), Final.ACCEPT, "icmp")
+        yield from (Rule((TypeIn(version, (number,)),), Final.ACCEPT, "icmp") for number in types)
         yield Rule((TypeIn(version, (ECHO[version],)), ECHO_LIMIT), Final.ACCEPT, "icmp")
 
 

@@ -17,6 +17,7 @@ from fwcompiler.diagnostics import Finding, HostRefused, PolicyRejected, Report
 from fwcompiler.include import load_merged
 from fwcompiler.kernel import netns, runner
 from fwcompiler.kernel import observe as kernel
+from fwcompiler.lint import lint
 from fwcompiler.lower import lower
 from fwcompiler.plan import Plan, make_plan, with_contents
 from fwcompiler.policy import Policy, validate
@@ -79,6 +80,7 @@ def compile_policy(path: str) -> Compiled:
     assert policy is not None
     resolved = resolve(policy, document, report, today=datetime.now(UTC).date())
     report.stop_on_error()
+    lint(resolved, report)
     run_tests(resolved, report)
     report.stop_on_error()
     return Compiled(path, document, policy, resolved, lower(resolved), report.sorted())
@@ -176,8 +178,8 @@ def previous(host: Host) -> Backend | None:
 
 
 def list_sizes(resolved: Resolved) -> dict[str, int]:
-    """How many addresses each list file has."""
-    return {key: each.addresses.size for key, each in resolved.lists()}
+    """How many entries each list file has, by family: one IPv6 prefix outnumbers all IPv4 addresses there are."""
+    return {f"{key}:v{version}": sum(e[0] == version for e in each.entries) for key, each in resolved.lists() for version in (4, 6)}
 
 
 def refuse_shrinking(resolved: Resolved, state: StateDir) -> None:
@@ -194,11 +196,13 @@ def refuse_shrinking(resolved: Resolved, state: StateDir) -> None:
     except (OSError, ValueError):
         return
     report = Report()
+    sizes = list_sizes(resolved)
     for key, each in resolved.lists():
-        now, then = each.addresses.size, before.get(key, 0)
-        if now * 2 < then and not each.may_shrink:
-            message = f"`{each.file}` had {then} addresses at the last apply and has {now} now"
-            report.error("list-shrink", message, each.at, "if that is meant, say `allow: [shrink]` at this entry")
+        for version in (4, 6):
+            now, then = sizes[f"{key}:v{version}"], before.get(f"{key}:v{version}", 0)
+            if now * 2 < then and not each.may_shrink:
+                message = f"`{each.file}` had {then} IPv{version} entries at the last apply and has {now} now"
+                report.error("list-shrink", message, each.at, "if that is meant, say `allow: [shrink]` at this entry")
     report.stop_on_error()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from fwcompiler.addresses import BITS, EVERYONE
+from fwcompiler.addresses import BITS, EVERYONE, Addresses
 from fwcompiler.diagnostics import Finding
 from fwcompiler.plan import Plan
 from fwcompiler.proof.access import LOOPBACK_ADDRESSES, Access
@@ -62,11 +62,12 @@ def diff_text(plan: Plan, policy: Resolved | None, *, color: bool, whole: bool =
     green, red, bold, off = ("\033[32m", "\033[31m", "\033[1m", "\033[0m") if color else ("",) * 4
     lines: list[str] = []
     if not plan.live:
-        lines.append("nothing of fwc is loaded yet; this policy grants")
+        lines.append("nothing of fwc is loaded yet; this policy grants what follows, and everything else will be dropped")
     for title, sign, tint, parts in (("gained", "+", green, plan.access.gained), ("lost", "-", red, plan.access.lost)):
         if parts:
             lines.append(f"{bold}access {title}{off}")
-            lines += [f"  {text}" for text in access_lines(parts, policy, f"{tint}{sign}{off}")]
+            may = "may reach" if sign == "+" else "may no longer reach"
+            lines += [f"  {text}" for text in access_lines(parts, policy, f"{tint}{sign}{off}", may)]
     if not plan.access.gained and not plan.access.lost:
         lines.append("no new connection gains or loses access")
     changes = plan.changes()
@@ -82,7 +83,7 @@ def _cut(line: str) -> str:
     return line if len(line) <= 200 else line[:197] + "..."
 
 
-def access_lines(parts: Iterable[Access], policy: Resolved | None, sign: str) -> Iterator[str]:
+def access_lines(parts: Iterable[Access], policy: Resolved | None, sign: str, may: str) -> Iterator[str]:
     """`+ carriers may reach sip udp/5060`, one line for all ports that the same sources gain or lose at one service.
 
     Sources that are part of one group have its name in front: `carriers: + 198.51.100.64/28 may reach sip udp/5060`.
@@ -93,7 +94,7 @@ def access_lines(parts: Iterable[Access], policy: Resolved | None, sign: str) ->
         inside = "" if who in (policy.groups if policy else ()) else _inside(part, policy)
         together.setdefault((f"{inside}{sign} {who}", part.service), []).append(part.to)
     for (who, service), ports in together.items():
-        yield f"{who} may reach {service + ' ' if service else ''}{', '.join(ports)}"
+        yield f"{who} {may} {service + ' ' if service else ''}{', '.join(ports)}"
 
 
 def _who(access: Access, policy: Resolved | None) -> str:
@@ -106,7 +107,7 @@ def _who(access: Access, policy: Resolved | None) -> str:
         if not access.addresses.family(other) and missing.size < 1 << (BITS[version] - 1):
             return f"anywhere over IPv{version}" + (f" but {_few(missing.texts())}" if missing else "")
     if all(left.only(version).size < 1 << (BITS[version] - 1) for version in BITS):
-        return f"anywhere but {_few(left.texts())}"
+        return "anywhere but the block list" if left == _blocked(policy) else f"anywhere but {_few(left.texts())}"
     groups: list[str] = []
     rest = access.addresses
     for group in policy.groups.values() if policy else ():
@@ -114,6 +115,12 @@ def _who(access: Access, policy: Resolved | None) -> str:
             groups.append(group.name)
             rest = rest - group.addresses
     return ", ".join([*groups, *([_few(rest.texts())] if rest else [])])
+
+
+def _blocked(policy: Resolved | None) -> Addresses | None:
+    if policy is None or policy.block is None:
+        return None
+    return policy.addresses(policy.block.groups) - policy.addresses(policy.block.excepted) - LOOPBACK_ADDRESSES
 
 
 def _few(texts: tuple[str, ...]) -> str:

@@ -131,11 +131,7 @@ def resolve(policy: Policy, document: Document, report: Report, *, today: date) 
     block = stage.block(services)
     tests = tuple(t for i, test in enumerate(policy.tests) if (t := stage.test(test, ("tests", i), groups)))
     at = document.locate(("trust",), key=True) if trust else None
-    resolved = Resolved(policy.name, groups, services, trust, at, block, tests)
-    if not report.failed:
-        _warn_unused(resolved, report)
-        _warn_swallowed(resolved, report)
-    return resolved
+    return Resolved(policy.name, groups, services, trust, at, block, tests)
 
 
 _DURATION = re.compile(r"([0-9]+)([smhdw])")
@@ -372,30 +368,4 @@ def _refuse_overlaps(services: tuple[ResolvedService, ...], report: Report) -> N
                 f"`{second.name}` and `{first.name}` ({first.at}) both claim {texts}",
                 second.at,
                 "a port belongs to one service: change `ports` of one of them",
-            )
-
-
-def _warn_unused(resolved: Resolved, report: Report) -> None:
-    used = set(resolved.trust) | {g for s in resolved.services for g in s.groups or ()}
-    if resolved.block:
-        used |= set(resolved.block.groups) | set(resolved.block.excepted)
-    for group in resolved.groups.values():
-        if group.name not in used:
-            report.warn("group-unused", f"nothing names the group `{group.name}`", group.at)
-
-
-def _warn_swallowed(resolved: Resolved, report: Report) -> None:
-    """A trusted group is not excepted from the block list by itself; losing all of it is rarely meant."""
-    if not resolved.block:
-        return
-    blocked = resolved.addresses(resolved.block.groups) - resolved.addresses(resolved.block.excepted)
-    named = dict.fromkeys((*resolved.trust, *(g for s in resolved.services for g in s.groups or ())))
-    for name in named:
-        group = resolved.groups[name]
-        lost = group.addresses & blocked
-        if lost:
-            what = "every address" if not group.addresses - blocked else ", ".join(lost.texts()[:3]) + (" …" if len(lost) > 3 else "")
-            spared = ", ".join((*resolved.block.excepted, name))
-            report.warn(
-                "swallowed", f"the block list drops {what} of `{name}`", resolved.block.at, f"if that is not meant: except: [{spared}]"
             )

@@ -131,3 +131,4 @@ class LabShape(TypedDict):
     backend: str
     agrees: bool
     probes: list[ProbeShape]
+    left_out: list[str]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, cast
 
@@ -16,6 +16,7 @@ from fwcompiler.plan import make_plan, with_contents
 from fwcompiler.report import counters_json
 from fwcompiler.ruleset import AddressSet, Ruleset
 from fwcompiler.state import StateDir
+from fwcompiler.tables import table_text
 
 if TYPE_CHECKING:
     from fwcompiler.shapes import GenerationShape, MemberShape, StatusShape
@@ -101,7 +102,14 @@ def _members(live: Ruleset) -> dict[str, list[MemberShape]]:
     return members
 
 
-def status_text(found: StatusShape) -> str:
+def _rows(found: StatusShape) -> Iterator[tuple[str, str, str]]:
+    """Packets by service, the verdicts side by side."""
+    for service, verdicts in found["counters"].items():
+        accepted, dropped = (str(verdicts[v]["packets"]) if v in verdicts else "-" for v in ("accept", "drop"))
+        yield service, accepted, dropped
+
+
+def status_text(found: StatusShape, *, color: bool = False) -> str:
     """`status` for people."""
     generation = found["generation"]
     lines = []
@@ -114,6 +122,8 @@ def status_text(found: StatusShape) -> str:
     if generation and generation["backend"] != found["backend"]:
         lines.append(f"it is in force through {generation['backend']}; this is about {found['backend']}:")
         lines.append("nothing of fwc is loaded" if found["in_sync"] else "rules of fwc are loaded here as well")
+    elif not generation and found["in_sync"]:
+        lines.append(f"backend {found['backend']}: nothing of fwc is loaded")
     else:
         lines.append(f"backend {found['backend']}: {'in sync' if found['in_sync'] else 'drifted'}")
     if found["second_reading"] is not None:
@@ -122,10 +132,7 @@ def status_text(found: StatusShape) -> str:
         lines.append("what differs, as an apply would change it:")
         lines += [f"  {line}" for line in found["drift"][:40]]
     if found["counters"]:
-        lines.append(f"{'service':<24}{'accepted':>12}{'dropped':>12}  packets")
-    for service, verdicts in found["counters"].items():
-        accepted, dropped = (verdicts[v]["packets"] if v in verdicts else "-" for v in ("accept", "drop"))
-        lines.append(f"{service:<24}{accepted:>12}{dropped:>12}")
+        lines.append(table_text(("service", "accepted", "dropped"), _rows(found), right=(1, 2), color=color))
     for group, members in found["members"].items():
         lines.append(f"dynamic members of {group}: {len(members)}")
         lines += [f"  {m['address']}" + (f", {m['seconds_left']} s left" if m["seconds_left"] is not None else "") for m in members[:40]]

@@ -14,7 +14,7 @@ from typing import Literal
 from fwcompiler.backend import Command, Fill, Rendered, SetChange, Step
 from fwcompiler.diagnostics import Finding, Position
 from fwcompiler.ruleset import AddressSet, Chain, InSet, Ruleset, Unknown
-from fwcompiler_nftables.parse import parse_listing, read_counters
+from fwcompiler_nftables.parse import STRAY, parse_listing, read_counters
 from fwcompiler_nftables.render import TABLE, Line, elements, hook_spec, member_text, rule_lines, set_spec, table_text
 
 INLINE = 500
@@ -89,20 +89,32 @@ class _Update:
         self.gone_chains = [c for c in live.chains if c.name not in {w.name for w in wanted.chains}]
 
     def steps(self) -> Sequence[Step]:
-        if self.live.others or any(s.name in self.old_sets and s.dynamic != self.old_sets[s.name].dynamic for s in self.wanted.sets):
+        if self._is_foreign():
             return (Step(self._anew()),)
-        if not self._structure_changes():
-            return self._content_only()
-        twins = [self._twin(c.set) for c in self.changes if self._is_big(c)]
+        strays = [what.removeprefix(STRAY) for what in self.live.others]
+        first = (Step(_delete_sets(strays)),) if strays else ()
+        return (*first, *(self._restructured() if self._structure_changes() else self._content_only()))
+
+    def _is_foreign(self) -> bool:
+        """True where our table holds what fwc never makes, or a set of ours is of another kind."""
+        changed = (s for s in self.wanted.sets if s.name in self.old_sets and s.dynamic != self.old_sets[s.name].dynamic)
+        return any(not what.startswith(STRAY) for what in self.live.others) or any(changed)
+
+    def _restructured(self) -> Iterable[Step]:
+        """Sets that need it beforehand, the rules in one transaction, and what nobody uses any more afterwards.
+
+        Old sets go in a transaction of their own: packets may still be on their way through the old rules.
+        """
+        twins = [self._twin(s) for s in (*(c.set for c in self.changes if self._is_big(c)), *self.remade)]
         beforehand = [*(s for s in self.new_sets if len(s.ranges) > INLINE), *twins]
-        undo = (self._undo_beforehand(beforehand),) if beforehand else ()
-        steps: list[Step] = []
         if beforehand:
-            lines = [f"add table {TABLE}", *(self._set_line(s) for s in beforehand)]
-            steps.append(Step(_script((line, None) for line in lines), undo))
-            steps += [Step(Fill("nft", s.kernel_name, s.version, s.ranges)) for s in beforehand]
-        steps.append(Step(_script(self._transaction(beforehand, twins))))
-        return steps
+            undo = _delete_sets([s.kernel_name for s in beforehand]) if self.live else _DELETE_TABLE
+            yield Step(_script(((f"add table {TABLE}", None), *self._made(beforehand))), (undo,))
+            yield from (Step(Fill("nft", s.kernel_name, s.version, s.ranges)) for s in beforehand if s.ranges)
+        yield Step(_script(self._transaction(beforehand, twins)))
+        gone = [*self.gone_sets, *(self.old_sets[s.name] for s in twins)]
+        if gone:
+            yield Step(_delete_sets([s.kernel_name for s in gone]))
 
     def _structure_changes(self) -> bool:
         return bool(self.new_sets or self.remade or self.gone_sets or self.changed or self.gone_chains or not self.live.chains)
@@ -112,11 +124,12 @@ class _Update:
 
         Dynamic members stay with the time they have left; counters start again.
         """
-        sets = (
-            replace(s, slot="", kernel="", members=self.old_sets[s.name].members if s.name in self.old_sets else ())
-            for s in self.wanted.sets
-        )
-        return Command(("nft", "-f", "-"), f"add table {TABLE}\ndelete table {TABLE}\n{table_text(replace(self.wanted, sets=tuple(sets)))}")
+        sets = (replace(s, slot="", kernel="", members=s.members or self._members(s.name)) for s in self.wanted.sets)
+        text = table_text(replace(self.wanted, sets=tuple(sets)))
+        return Command(("nft", "-f", "-"), f"add table {TABLE}\ndelete table {TABLE}\n{text}")
+
+    def _members(self, name: str) -> tuple[tuple[int, int | None], ...]:
+        return self.old_sets[name].members if name in self.old_sets else ()
 
     def _content_only(self) -> Sequence[Step]:
         """Sets keep their names: consecutive fills of one kind are one transaction."""
@@ -127,12 +140,16 @@ class _Update:
         return len(change.set.ranges) > INLINE or len(change.add) + len(change.remove) > INLINE
 
     def _twin(self, wanted: AddressSet) -> AddressSet:
-        return replace(wanted, slot="" if self.old_sets[wanted.name].slot else "b", kernel="")
+        old = self.old_sets[wanted.name]
+        return replace(wanted, slot="" if old.slot else "b", kernel="", members=old.members)
 
-    def _undo_beforehand(self, beforehand: list[AddressSet]) -> Command:
-        if not self.live:
-            return _DELETE_TABLE
-        return _script((f"delete set {TABLE} {s.kernel_name}", None) for s in beforehand)
+    def _made(self, sets: Iterable[AddressSet]) -> Iterable[Line]:
+        """Sets without their content, dynamic ones with the members that their predecessors had."""
+        for each in sets:
+            yield self._set_line(each), each.origin
+            if each.members:
+                texts = ", ".join(member_text(each, address, left) for address, left in each.members[: each.size])
+                yield f"add element {TABLE} {each.kernel_name} {{ {texts} }}", each.origin
 
     def _set_line(self, each: AddressSet, *, content: bool = False) -> str:
         inline = f" elements = {elements(each.version, each.ranges)};" if content and each.ranges else ""
@@ -142,39 +159,28 @@ class _Update:
         """Everything but big contents: first what goes, then what comes, so that each line finds what it names."""
         flipped = {s.name for s in twins}
         names = {s.name: s.kernel_name for s in (*self.wanted.sets, *self.live.sets, *twins)}
-        moving = flipped | {s.name for s in self.remade}
-        touched = [c for c in self.wanted.chains if c in self.changed or _uses(c, moving)]
+        touched = [c for c in self.wanted.chains if c in self.changed or _uses(c, flipped)]
         moved = [c for c in touched if c.name in self.old_chains and self.old_chains[c.name].hook != c.hook]
         yield f"add table {TABLE}", None
-        yield from self._gone(touched, moved, flipped)
-        yield from self._new_objects({s.name for s in beforehand})
+        yield from self._gone(touched, moved)
+        for name in self.wanted.counters():
+            if name not in self.live.counters():
+                yield f"add counter {TABLE} {name}", None
+        for each in self.new_sets:
+            if each not in beforehand:
+                yield self._set_line(each, content=True), each.origin
         yield from self._new_chains(touched, moved, names)
         yield from self._small_contents(flipped)
 
-    def _gone(self, touched: list[Chain], moved: list[Chain], flipped: set[str]) -> Iterable[Line]:
+    def _gone(self, touched: list[Chain], moved: list[Chain]) -> Iterable[Line]:
         for chain in (*self.gone_chains, *touched):
             if chain.name in self.old_chains:
                 yield f"flush chain {TABLE} {chain.name}", None
         for chain in (*self.gone_chains, *moved):
             yield f"delete chain {TABLE} {chain.name}", None
-        for each in (*self.gone_sets, *self.remade, *(self.old_sets[name] for name in sorted(flipped))):
-            yield f"delete set {TABLE} {self.old_sets[each.name].kernel_name}", each.origin
         for name in self.live.counters():
             if name not in self.wanted.counters():
                 yield f"delete counter {TABLE} {name}", None
-
-    def _new_objects(self, done: set[str]) -> Iterable[Line]:
-        for name in self.wanted.counters():
-            if name not in self.live.counters():
-                yield f"add counter {TABLE} {name}", None
-        for each in (*self.new_sets, *self.remade):
-            if each.name not in done:
-                yield self._set_line(each, content=True), each.origin
-        for each in self.remade:
-            members = self.old_sets[each.name].members[: each.size]
-            if members:
-                texts = ", ".join(member_text(each, address, left) for address, left in members)
-                yield f"add element {TABLE} {each.kernel_name} {{ {texts} }}", each.origin
 
     def _new_chains(self, touched: list[Chain], moved: list[Chain], names: Mapping[str, str]) -> Iterable[Line]:
         """All chains before any rule, since rules name chains; the base chain gets its rules like the others."""
@@ -202,6 +208,10 @@ def _spec(each: AddressSet) -> tuple[object, ...]:
 
 def _uses(chain: Chain, sets: set[str]) -> bool:
     return any(isinstance(m, InSet) and m.set in sets for rule in chain.rules for m in rule.matches)
+
+
+def _delete_sets(names: Iterable[str]) -> Command:
+    return _script((f"delete set {TABLE} {name}", None) for name in names)
 
 
 def _script(lines: Iterable[Line]) -> Command:

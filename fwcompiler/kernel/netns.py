@@ -79,8 +79,10 @@ def scratch() -> Iterator[Namespace]:
             _own_user_namespace()
             yield Namespace()
             return
-        namespace = Namespace(os.open(_HERE, os.O_RDONLY | os.O_CLOEXEC))
-        _setns(home)
+        try:
+            namespace = Namespace(os.open(_HERE, os.O_RDONLY | os.O_CLOEXEC))
+        finally:
+            _setns(home)
         try:
             yield namespace
         finally:

@@ -1,0 +1,105 @@
+"""What a policy says in vain: entries that nothing uses, that others cover, or that contradict each other.
+
+Nothing here stops a run. Every finding comes out of the same set algebra that decides packets, so it is exact: what
+is called covered is covered for every address.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import permutations
+
+from fwcompiler.addresses import Addresses, range_text
+from fwcompiler.diagnostics import Report
+from fwcompiler.resolve import Resolved, ResolvedGroup, ResolvedService
+
+MAX_NAMED = 3
+
+
+def lint(policy: Resolved, report: Report) -> None:
+    """Report everything that could be left out or was hardly meant, as warnings at its place."""
+    _unused(policy, report)
+    for group in policy.groups.values():
+        _covered_entries(group, report)
+    for service in policy.services:
+        _covered_groups(policy, service, report)
+        if service.expose and service.groups is None:
+            report.warn("exposed", f"`{service.name}` is open to anywhere: {service.expose}", service.at)
+    _trusted_anyway(policy, report)
+    if policy.block is not None:
+        _block(policy, report)
+
+
+def _named_by_services(policy: Resolved) -> dict[str, None]:
+    return dict.fromkeys(g for s in policy.services for g in s.groups or ())
+
+
+def _unused(policy: Resolved, report: Report) -> None:
+    used = set(policy.trust) | set(_named_by_services(policy))
+    if policy.block:
+        used |= set(policy.block.groups) | set(policy.block.excepted)
+    for group in policy.groups.values():
+        if group.name not in used:
+            report.warn("group-unused", f"nothing names the group `{group.name}`", group.at)
+
+
+def _covered_entries(group: ResolvedGroup, report: Report) -> None:
+    """Entries written into the policy itself; list files are other people's, and full of them."""
+    for version in (4, 6):
+        entries = sorted((low, -high, high, at) for v, low, high, at in group.inline if v == version)
+        last_low, last_high, last_at = 0, -1, None
+        for low, _, high, at in entries:
+            if high <= last_high:
+                inner, outer = range_text(version, (low, high)), range_text(version, (last_low, last_high))
+                report.warn("covered", f"`{inner}` is already in `{outer}` ({last_at})", at, "one of them can go")
+            else:
+                last_low, last_high, last_at = low, high, at
+
+
+def _covered_groups(policy: Resolved, service: ResolvedService, report: Report) -> None:
+    """A group of a service that another one of its groups covers adds nothing, unless it has members at run time."""
+    for inner, outer in permutations(service.groups or (), 2):
+        small, large = policy.groups[inner], policy.groups[outer]
+        if small.dynamic or not small.addresses or small.addresses - large.addresses:
+            continue
+        if small.addresses == large.addresses and inner > outer and not large.dynamic:
+            continue
+        report.warn("covered", f"`{inner}` adds nothing to `{service.name}`: all of it is in `{outer}`", service.at)
+
+
+def _trusted_anyway(policy: Resolved, report: Report) -> None:
+    trusted = policy.addresses(policy.trust)
+    for service in policy.services:
+        for name in service.groups or ():
+            group = policy.groups[name]
+            if trusted and group.addresses and not group.dynamic and not group.addresses - trusted:
+                report.warn("covered", f"`{service.name}` names `{name}`, whose every packet `trust` accepts", service.at)
+
+
+def _block(policy: Resolved, report: Report) -> None:
+    assert policy.block is not None
+    listed, spared = policy.addresses(policy.block.groups), policy.addresses(policy.block.excepted)
+    dynamic = any(policy.groups[name].dynamic for name in policy.block.groups)
+    if listed and not listed - spared and not dynamic:
+        report.warn("covered", "the block list blocks nobody: every address in it is excepted", policy.block.at)
+    named = dict.fromkeys((*policy.trust, *_named_by_services(policy)))
+    _swallowed(policy, listed - spared, named, report)
+
+
+def _swallowed(policy: Resolved, blocked: Addresses, names: Iterable[str], report: Report) -> None:
+    """A trusted group is not excepted from the block list by itself; losing all of it is rarely meant."""
+    assert policy.block is not None
+    for name in names:
+        group = policy.groups[name]
+        lost = group.addresses & blocked
+        if lost:
+            what = "every address" if not group.addresses - blocked else ", ".join(_few(lost))
+            hint = f"if that is not meant: except: [{', '.join((*policy.block.excepted, name))}]"
+            report.warn("swallowed", f"the block list drops {what} of `{name}`", policy.block.at, hint)
+
+
+def _few(addresses: Addresses) -> Iterator[str]:
+    texts = addresses.texts()
+    yield from texts[:MAX_NAMED]
+    if len(texts) > MAX_NAMED:
+        yield f"and {len(texts) - MAX_NAMED} more"

@@ -1,0 +1,134 @@
+"""`kill -9` of fwc at any moment: the kernel holds the old or the new rules, and the next apply finishes the work.
+
+Programs that fwc starts are wrapped, and the wrapper kills fwc when its turn comes, so that every step between two
+programs is tried in the same way each time. Moments inside fwc itself, netlink among them, are tried by the clock.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+from cli.harness import BACKENDS, FWC, Host, valid, wrapper
+
+PROGRAMS = {
+    "nftables": ("nft",),
+    **{
+        f"iptables-{v}": ("ipset", *(f"{f}tables-{v}-{verb}" for f in ("ip", "ip6") for verb in ("restore", "save")))
+        for v in ("nft", "legacy")
+    },
+}
+KILLER = """
+exec 9>"$HERE/lock"; flock 9
+n=$(( $(cat "$HERE/count" 2>/dev/null || echo 0) + 1 )); echo $n > "$HERE/count"; flock -u 9; exec 9>&-
+"$REAL" "$@"; code=$?
+if [ "$n" = "$(cat "$HERE/victim" 2>/dev/null)" ]; then kill -9 $PPID; fi
+exit $code
+"""
+CARRIERS = "".join(f"    - 10.{n >> 7}.{2 * (n & 127)}.0/24\n" for n in range(600))
+OLD = f"version: 1\ngroups:\n  carriers:\n{CARRIERS}  admins: [192.0.2.10, 2001:db8::10]\nservices:\n  sip: {{from: [carriers]}}\n  ssh: {{from: [admins]}}\n"
+NEW = OLD.replace("10.0.0.0/24", "10.200.0.0/24").replace("ssh: {from: [admins]}", "ssh: {from: [admins, carriers]}\n  rtp: {from: anywhere}")
+
+
+def families(entry: Mapping[str, object]) -> set[int]:
+    """The address families that one line of gained or lost access is about."""
+    sources = entry["from"]
+    assert isinstance(sources, list)
+    return {4, 6} if "anywhere" in sources else {6 if ":" in text else 4 for text in sources}
+
+
+def differing(host: Host, policy: str) -> set[int]:
+    """The families in which the kernel grants other access than a policy."""
+    ran = host.fwc("diff", host.write(policy, "asked.yaml"), "--json")
+    found = valid("diff", ran.json)
+    return {version for entry in (*found["gained"], *found["lost"]) for version in families(entry)}
+
+
+def check_and_heal(host: Host, old: str, new: str) -> None:
+    """After a kill: one of both policies in each family, a state that can be read, and a next apply that ends in sync."""
+    assert not differing(host, old) & differing(host, new), "some family has neither the old nor the new access"
+    if host.backend == "nftables":
+        assert not differing(host, old) or not differing(host, new), "one transaction covers both families"
+    status = host.fwc("status", "--json")
+    assert status.code == 0, status
+    valid("status", status.json)
+    host.apply(new)
+    assert host.in_sync(new)
+    assert host.twins() == []
+    assert not (host.state / "generations" / "pending").exists()
+
+
+@pytest.fixture(params=BACKENDS)
+def wrapped(request: pytest.FixtureRequest, tmp_path: Path, netns: str) -> Iterator[Host]:
+    """A host whose programs are wrapped, with the old policy in force."""
+    host = Host(tmp_path, netns, request.param)
+    host.apply(OLD)
+    for name in PROGRAMS[host.backend]:
+        wrapper(tmp_path / "bin", name, KILLER)
+    return host
+
+
+def killed_apply(host: Host, policy: str, victim: int | None) -> tuple[int, int]:
+    """Apply as a program that dies after its `victim`-th program has run; exit code and how many programs it ran."""
+    folder = host.folder / "bin"
+    (folder / "count").write_text("0", encoding="ascii")
+    (folder / "victim").write_text("" if victim is None else str(victim), encoding="ascii")
+    ran = host.program("apply", host.write(policy), "--yes", "-q", env={"PATH": f"{folder}:{os.environ['PATH']}"})
+    return ran.code, int((folder / "count").read_text(encoding="ascii"))
+
+
+def test_killed_between_programs(wrapped: Host) -> None:
+    """Dying right after any of the programs that an apply runs leaves nothing between the old policy and the new one."""
+    code, total = killed_apply(wrapped, NEW, None)
+    assert code == 0
+    old, new = NEW, OLD
+    # What runs in the scratch namespace cannot matter: one moment of it is enough.
+    first_live = max(1, total - (10 if wrapped.backend == "nftables" else 13))
+
+    for victim in range(first_live, total + 1):
+        code, _ = killed_apply(wrapped, new, victim)
+
+        assert code in (-signal.SIGKILL, 0), (victim, code)
+        check_and_heal(wrapped, old, new)
+        old, new = new, old
+
+
+def test_killed_by_the_clock(host: Host) -> None:
+    """Dying at any time of an apply that fills a big set through netlink leaves nothing in between either."""
+    host.apply(OLD)
+    started = time.monotonic()
+    assert host.program("apply", host.write(NEW), "--yes", "-q").code == 0
+    whole = time.monotonic() - started
+    old, new = NEW, OLD
+
+    for step in range(8):
+        child = subprocess.Popen([FWC, *host.common, "apply", host.write(new), "--yes", "-q"], stdin=subprocess.DEVNULL)
+        time.sleep(whole * (0.5 + step / 16))
+        child.kill()
+        child.wait(10)
+
+        # A program that fwc had started may still be at work.
+        time.sleep(0.05)
+        check_and_heal(host, old, new)
+        old, new = new, old
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda n: n.name)
+def test_interrupted(wrapped: Host, number: signal.Signals) -> None:
+    """A signal while the live rules are loaded leaves one of both policies, and the next apply finishes."""
+    script = KILLER.replace("kill -9", f"kill -{number.name.removeprefix('SIG')}")
+    name = PROGRAMS[wrapped.backend][-1] if wrapped.backend == "nftables" else PROGRAMS[wrapped.backend][3]
+    wrapper(wrapped.folder / "bin", name, script)
+    _, total = killed_apply(wrapped, OLD.replace("192.0.2.10,", "192.0.2.77,"), None)
+    wrapped.apply(OLD)
+
+    for victim in range(max(1, total - 4), total + 1):
+        killed_apply(wrapped, NEW, victim)
+
+        check_and_heal(wrapped, OLD, NEW)
+        wrapped.apply(OLD)
