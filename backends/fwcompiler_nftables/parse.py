@@ -158,7 +158,10 @@ def _is_ours(table: Json) -> bool:
 
 
 def _is_other(kind: str, value: Json) -> bool:
-    if kind in ("chain", "rule", "counter"):
+    if kind == "chain":
+        # A chain of another type sees other packets: only new connections (nat), or only those that go out (route).
+        return bool(value.get("type", "filter") != "filter")
+    if kind in ("rule", "counter"):
         return False
     return kind != "set" or _set(value) is None
 

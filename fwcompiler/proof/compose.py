@@ -31,6 +31,7 @@ from fwcompiler.ruleset import (
     Family,
     Final,
     Goto,
+    Hook,
     InRanges,
     InSet,
     Interface,
@@ -110,8 +111,14 @@ def from_ruleset(ruleset: Ruleset, version: int, hook: str = "input") -> Program
     """What a ruleset does at a hook with packets of one family."""
     reader = _Reader(ruleset, version)
     chains = {chain.name: tuple(reader.rules(chain)) for chain in ruleset.chains}
-    bases = sorted((c for c in ruleset.chains if c.hook and c.hook.name == hook), key=lambda c: c.hook.priority if c.hook else 0)
-    return Program(chains, tuple((c.name, ACCEPT if c.hook and c.hook.policy == "accept" else DROP) for c in bases))
+    return Program(chains, tuple((c.name, ACCEPT if h.policy == "accept" else DROP) for c, h in base_chains(ruleset, hook)))
+
+
+def base_chains(ruleset: Ruleset, hook: str) -> list[tuple[Chain, Hook]]:
+    """Base chains on a packet's way to a hook, in the order in which the kernel runs them: prerouting comes first."""
+    way = ("prerouting", hook) if hook in ("input", "forward") else (hook,)
+    found = [(c, c.hook) for c in ruleset.chains if c.hook and c.hook.name in way]
+    return sorted(found, key=lambda pair: (way.index(pair[1].name), pair[1].priority))
 
 
 class _Reader:
@@ -119,6 +126,7 @@ class _Reader:
 
     def __init__(self, ruleset: Ruleset, version: int) -> None:
         self._sets: Mapping[str, AddressSet] = {s.name: s for s in ruleset.sets}
+        self._chains = {c.name for c in ruleset.chains}
         self._version = version
         self._seen: dict[str, int] = {}
 
@@ -127,37 +135,39 @@ class _Reader:
             yield from self._rule(rule)
 
     def _rule(self, rule: Rule) -> Iterator[Composed]:
-        unknown = any(isinstance(m, Unknown) for m in rule.matches)
-        if rule.verdict is None and not unknown:
+        unknown = next((m.text for m in rule.matches if isinstance(m, Unknown)), "")
+        if (rule.verdict is None and not unknown) or not all(self._possible(m) for m in rule.matches):
             return
-        conditions: list[Condition] = []
-        for match in rule.matches:
-            found = self._conditions(match)
-            if found is None:
-                return
-            conditions += found
+        conditions = tuple(c for i, m in enumerate(rule.matches) for c in self._conditions(m, last=i == len(rule.matches) - 1))
         match rule.verdict:
             case None:
                 # A target nobody modelled may do anything.
-                yield Composed(tuple(conditions), ACCEPT)
-                yield Composed((*conditions[:-1], self._atom("drops instead: " + conditions[-1].atom)), DROP)
+                yield Composed((*conditions, self._atom(f"drops: {unknown}")), DROP)
+                yield Composed(conditions, ACCEPT)
+            case Jump(name) if name not in self._chains:
+                return
             case Goto(name) | Jump(name):
-                yield Composed(tuple(conditions), RETURN, name, isinstance(rule.verdict, Goto))
+                yield Composed(conditions, RETURN, name, isinstance(rule.verdict, Goto))
             case final:
-                yield Composed(tuple(conditions), _FINAL[final])
+                yield Composed(conditions, _FINAL[final])
 
-    def _conditions(self, match: Match) -> list[Condition] | None:
-        """What a match asks; None where it can never hold for this family."""
+    def _possible(self, match: Match) -> bool:
+        """False for a match of the other family, or on an output interface, which a packet coming in does not have."""
         match match:
-            case InSet(_, _, version, _) | InRanges(_, version, _, _) | Family(version) | TypeIn(version, _) if version != self._version:
-                return None
+            case InSet(_, _, version, _) | InRanges(_, version, _, _) | Family(version) | TypeIn(version, _):
+                return version == self._version
+            case Interface("out", _, negated):
+                return negated
+            case _:
+                return True
+
+    def _conditions(self, match: Match, *, last: bool) -> list[Condition]:
+        """What a possible match asks."""
+        match match:
             case InSet() | InRanges() | Family():
                 return self._addresses(match)
             case Interface(way, name, negated):
-                if way == "in":
-                    return [Condition(INTERFACE, frozenset((name,)), negated)]
-                # Nothing goes out while it comes in: an output interface is empty at the input hook.
-                return [] if negated else None
+                return [Condition(INTERFACE, frozenset((name,)), negated)] if way == "in" else []
             case ProtocolIs(number, negated):
                 return [Condition(PROTOCOL, ((number, number),), negated)]
             case PortIn(side, protocol, span, negated):
@@ -168,7 +178,8 @@ class _Reader:
                 numbers = tuple((t, t) for t in types)
                 return [_protocol("icmp" if version == 4 else "icmpv6"), Condition(TYPE, _joined(numbers))]
             case Limit():
-                return [self._atom(limit_text(match))]
+                # One that stands before other tests counts packets that the rule is not about.
+                return [self._atom(limit_text(match) + ("" if last else ", before other tests"))]
             case Unknown(text):
                 return [self._atom(f"unknown: {text}")]
 

@@ -127,15 +127,14 @@ def example(space: Space, box: Box) -> Packet:
     interfaces = space.names(INTERFACE, masks.get(INTERFACE, space.everything(INTERFACE)))
     interface = "eth0" if OTHER_INTERFACE in interfaces else interfaces[0]
     states: tuple[State, ...] = tuple(s for s in STATES if s in space.names(STATE, masks.get(STATE, space.everything(STATE))))
-    destination = number(DESTINATION, -1) if DESTINATION in masks else -1
-    low, high = LOOPBACK[space.version]
+    usual_host = 0xC0000201 if space.version == 4 else (0x2001_0DB8 << 96) + 1
     usual_source = 0x08080808 if space.version == 4 else 0x2001_4860 << 96
     return Packet(
         space.version,
         number(SOURCE, usual_source),
         number(PROTOCOL, 17),
         number(PORT, 5060),
-        None if destination < 0 or not low <= destination <= high else destination,
+        number(DESTINATION, usual_host) if DESTINATION in masks else None,
         number(SOURCE_PORT, 40000),
         number(TYPE, 0),
         interface,

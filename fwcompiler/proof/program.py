@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from fwcompiler.addresses import Ranges, covers
 from fwcompiler.ports import PROTOCOLS
 from fwcompiler.proof.atoms import Atoms
+from fwcompiler.proof.compose import base_chains
 from fwcompiler.ruleset import (
     AddressSet,
     Chain,
@@ -71,19 +72,17 @@ class Program:
         self._chains: Mapping[str, Chain] = {c.name: c for c in ruleset.chains}
         self._sets: Mapping[str, AddressSet] = {s.name: s for s in ruleset.sets}
         self._atoms = atoms
-        self._bases = sorted((c for c in ruleset.chains if c.hook), key=lambda c: c.hook.priority if c.hook else 0)
+        self._ruleset = ruleset
         self._families = {version: atoms.family(version) for version in (4, 6)}
 
     def run(self, point: Point, hook: str = "input") -> Outcome:
         """Send all sources through the base chains of a hook; a drop in one is final, an accept goes on to the next."""
         outcome = Outcome()
         alive, services = self._atoms.everyone, {"": self._atoms.everyone}
-        for chain in self._bases:
-            if chain.hook is None or chain.hook.name != hook:
-                continue
+        for chain, where in base_chains(self._ruleset, hook):
             each = Outcome()
             left = self._chain(chain, point, alive, each, 0)
-            ending = each.accepted if chain.hook.policy == "accept" else each.dropped
+            ending = each.accepted if where.policy == "accept" else each.dropped
             ending[""] = ending.get("", 0) | left
             for service, mask in each.dropped.items():
                 outcome.dropped[service] = outcome.dropped.get(service, 0) | mask

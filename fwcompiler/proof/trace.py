@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from fwcompiler.addresses import covers
 from fwcompiler.ports import PROTOCOLS
+from fwcompiler.proof.compose import base_chains
 from fwcompiler.proof.fields import Packet
 from fwcompiler.ruleset import (
     AddressSet,
@@ -55,10 +56,8 @@ def trace(ruleset: Ruleset, packet: Packet, hook: str = "input") -> Decision:
     """
     runner = _Trace(ruleset, packet)
     last = Decision("accept")
-    for chain in sorted((c for c in ruleset.chains if c.hook), key=lambda c: c.hook.priority if c.hook else 0):
-        if chain.hook is None or chain.hook.name != hook:
-            continue
-        decided = runner.chain(chain, 0) or Decision(chain.hook.policy, chain.name)
+    for chain, where in base_chains(ruleset, hook):
+        decided = runner.chain(chain, 0) or Decision(where.policy, chain.name)
         last = Decision(decided.verdict, decided.chain, decided.rule, runner.unsure)
         if last.verdict != "accept":
             break

@@ -30,7 +30,7 @@ Type: hash:net
 Revision: 7
 Header: family inet hashsize 64 maxelem 16777216 bucketsize 12 initval 0x2c0f9755
 Size in memory: 504
-References: 1
+References: 0
 Number of entries: 1
 
 Name: fwc-agents~6
@@ -38,7 +38,7 @@ Type: hash:ip
 Revision: 6
 Header: family inet6 hashsize 1024 maxelem 4096 timeout 43200 bucketsize 12 initval 0x59fcbbe1
 Size in memory: 216
-References: 2
+References: 0
 Number of entries: 0
 """
 
