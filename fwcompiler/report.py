@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fwcompiler.shapes import AccessShape, CountShape, DiffShape, ExplainShape, FindingShape
 
 MAX_SOURCES = 6
-MAX_LINES = 60
+MAX_LINES = 40
 
 
 def finding_json(finding: Finding) -> FindingShape:
@@ -70,13 +70,24 @@ def diff_text(plan: Plan, policy: Resolved | None, *, color: bool, whole: bool =
             lines += [f"  {text}" for text in access_lines(parts, policy, f"{tint}{sign}{off}", may)]
     if not plan.access.gained and not plan.access.lost:
         lines.append("no new connection gains or loses access")
-    changes = plan.changes()
     lines.append(f"{bold}kernel changes{off}")
+    if not plan.live and not whole:
+        lines.append(f"  {_load_text(plan)} (every line with -v)")
+        return "\n".join(lines)
+    changes = plan.changes()
     shown = changes if whole else changes[:MAX_LINES]
     lines += [f"  {line if whole else _cut(line)}" for line in shown]
     if len(changes) > len(shown):
         lines.append(f"  and {len(changes) - len(shown)} more lines (all of them with -v)")
     return "\n".join(lines)
+
+
+def _load_text(plan: Plan) -> str:
+    """A first load in one line; the ruleset itself is what `compile` prints."""
+    wanted = plan.wanted
+    rules, entries = sum(len(c.rules) for c in wanted.chains), sum(len(s.ranges) for s in wanted.sets)
+    text = f"load {len(wanted.chains)} chains with {rules} rules, {len(wanted.sets)} sets with {entries} entries"
+    return f"{text}, and remove the rules of fwc from {plan.replaces}" if plan.replaces else text
 
 
 def _cut(line: str) -> str:

@@ -15,6 +15,7 @@ from fwcompiler.addresses import Range, Ranges
 from fwcompiler.diagnostics import Position
 
 Side = Literal["source", "destination"]
+HookName = Literal["prerouting", "input", "forward", "output", "postrouting"]
 State = Literal["new", "established", "related", "invalid", "untracked"]
 BUILT_IN = frozenset(("block", "trust", "established", "invalid", "icmp", "loopback", "other"))
 """Labels of rules that stand for no service of the policy; they are counted all the same."""
@@ -107,7 +108,60 @@ class Unknown:
     text: str
 
 
-Match = InSet | InRanges | Family | Interface | ProtocolIs | PortIn | StateIn | TypeIn | Limit | Unknown
+@dataclass(frozen=True, slots=True)
+class Foreign:
+    """A match that only rulesets of others hold: fwc reads it, compares it, and never writes it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProtocolIn(Foreign):
+    """Layer 4 protocol by number lies in the ranges."""
+
+    spans: Ranges
+    negated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PortsIn(Foreign):
+    """The protocol is one of these (by number), and its port lies in the ranges (outside where negated)."""
+
+    side: Side
+    protocols: tuple[int, ...]
+    spans: Ranges
+    negated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class InterfaceIn(Foreign):
+    """Input (or output) interface is one of these; a name that ends with ``*`` stands for all that begin so."""
+
+    way: Literal["in", "out"]
+    names: tuple[str, ...]
+    negated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Opaque(Foreign):
+    """A test that is known by name, but that no field of a packet here shows.
+
+    A pure function of packet, host or clock has the same value wherever the same canonical `text` stands. One that is
+    `stateful` (a limit, a counter, a mark that rules change) has a value of its own in every rule.
+    """
+
+    text: str
+    negated: bool = False
+    stateful: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AnyOf(Foreign):
+    """At least one of the alternatives holds, each all of its matches (where negated: none does)."""
+
+    alternatives: tuple[tuple[Match, ...], ...]
+    negated: bool = False
+
+
+Match = InSet | InRanges | Family | Interface | ProtocolIs | PortIn | StateIn | TypeIn | Limit | Unknown | Foreign
 
 
 class Final(Enum):
@@ -133,8 +187,37 @@ class Jump:
     chain: str
 
 
-Verdict = Final | Goto | Jump | None
-"""None: the rule only counts or logs, the packet goes on to the next rule."""
+@dataclass(frozen=True, slots=True)
+class Translate:
+    """Rewrites an address or port and accepts: what runs later sees the packet so.
+
+    `ranges`: the new address is one of these (empty: it stays, or with `here` it becomes one of this host's).
+    `ports`: the new port is one of these; None: it stays.
+    """
+
+    side: Side
+    text: str
+    version: int | None = None
+    ranges: Ranges = ()
+    here: bool = False
+    ports: Range | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Untrack:
+    """Connection tracking will leave the packet alone, whose state becomes `untracked`; on with the next rule."""
+
+
+@dataclass(frozen=True, slots=True)
+class Undecided:
+    """A named program or part of the kernel accepts or drops the packet; the rules do not say which."""
+
+    text: str
+
+
+Verdict = Final | Goto | Jump | Translate | Untrack | Undecided | None
+"""None: the rule only counts or logs, the packet goes on to the next rule. `Translate`, `Untrack` and `Undecided` stand in
+rulesets of others only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,11 +251,16 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Hook:
-    """Where a base chain hangs in the packet path. `priority` as in nftables; 0 is `filter`."""
+    """Where a base chain hangs in the packet path. `priority` as in nftables; 0 is `filter`.
 
-    name: Literal["prerouting", "input", "forward", "output", "postrouting"]
+    A chain of `kind` nat sees the first packet of a connection only. `version`: packets of one family only.
+    """
+
+    name: HookName
     priority: int = 0
     policy: Literal["accept", "drop"] = "drop"
+    kind: Literal["filter", "nat", "route"] = "filter"
+    version: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

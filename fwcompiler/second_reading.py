@@ -22,6 +22,7 @@ from fwcompiler.ruleset import (
     Chain,
     Family,
     Final,
+    Foreign,
     Goto,
     Hook,
     InRanges,
@@ -37,8 +38,11 @@ from fwcompiler.ruleset import (
     Side,
     State,
     StateIn,
+    Translate,
     TypeIn,
+    Undecided,
     Unknown,
+    Untrack,
     Verdict,
 )
 
@@ -263,6 +267,8 @@ def rule_text(rule: Rule) -> str:
             does.append(f"goto {chain}")
         case Jump(chain):
             does.append(f"jump {chain}")
+        case Translate() | Untrack() | Undecided():
+            does.append(str(rule.verdict))
         case None:
             does = does or ["only count"]
     label = f" (counted as {rule.service})" if rule.service else ""
@@ -290,5 +296,7 @@ def _match_text(match: Match) -> str:
             return f"at most {rate} a {per}, burst {burst}"
         case Unknown(text):
             return f"something unknown ({text})"
+        case Foreign():
+            return str(match)
         case Family():
             return ""

@@ -115,8 +115,18 @@ def _carried_out(block: Block, shell: Shell) -> str:
     out: list[str] = []
     for command, expected in commands(block.body):
         real = shell.run(command)
-        out.append(f"$ {command}\n{expected if says(expected, real) else real}")
+        out.append(f"$ {command}\n{expected if says(expected, real) else elided(expected, real)}")
     return "".join(out)
+
+
+def elided(expected: str, real: str) -> str:
+    """New output shortened where the old one was: as many lines before and behind the elision."""
+    old, new = expected.splitlines(keepends=True), real.splitlines(keepends=True)
+    if old.count(f"{ELISION}\n") != 1:
+        return real
+    head = old.index(f"{ELISION}\n")
+    tail = len(old) - head - 1
+    return real if len(new) <= len(old) else "".join((*new[:head], f"{ELISION}\n", *(new[-tail:] if tail else [])))
 
 
 def says(expected: str, real: str) -> bool:

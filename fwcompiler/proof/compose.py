@@ -30,6 +30,7 @@ from fwcompiler.ruleset import (
     Chain,
     Family,
     Final,
+    Foreign,
     Goto,
     Hook,
     InRanges,
@@ -43,8 +44,11 @@ from fwcompiler.ruleset import (
     Rule,
     Ruleset,
     StateIn,
+    Translate,
     TypeIn,
+    Undecided,
     Unknown,
+    Untrack,
 )
 
 _SIDE = {"source": SOURCE, "destination": DESTINATION}
@@ -148,8 +152,12 @@ class _Reader:
                 return
             case Goto(name) | Jump(name):
                 yield Composed(conditions, RETURN, name, isinstance(rule.verdict, Goto))
-            case final:
-                yield Composed(conditions, _FINAL[final])
+            case Translate() | Untrack() | Undecided():
+                # Rulesets of others are read by `proof.host`; here these may do anything.
+                yield Composed((*conditions, self._atom(f"drops: {rule.verdict}")), DROP)
+                yield Composed((*conditions, self._atom(f"accepts: {rule.verdict}")), ACCEPT)
+            case Final():
+                yield Composed(conditions, _FINAL[rule.verdict])
 
     def _possible(self, match: Match) -> bool:
         """False for a match of the other family, or on an output interface, which a packet coming in does not have."""
@@ -182,6 +190,8 @@ class _Reader:
                 return [self._atom(limit_text(match) + ("" if last else ", before other tests"))]
             case Unknown(text):
                 return [self._atom(f"unknown: {text}")]
+            case Foreign():
+                return [self._atom(f"unknown: {match}")]
 
     def _addresses(self, match: InSet | InRanges | Family) -> list[Condition]:
         match match:

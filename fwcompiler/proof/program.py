@@ -18,6 +18,7 @@ from fwcompiler.ruleset import (
     Chain,
     Family,
     Final,
+    Foreign,
     Goto,
     InRanges,
     InSet,
@@ -31,8 +32,11 @@ from fwcompiler.ruleset import (
     Ruleset,
     State,
     StateIn,
+    Translate,
     TypeIn,
+    Undecided,
     Unknown,
+    Untrack,
 )
 
 
@@ -110,6 +114,10 @@ class Program:
                     returned |= taken
                 case Goto(name):
                     returned |= self._call(name, point, taken, outcome, depth)
+                case Translate() | Untrack() | Undecided():
+                    # Only `proof.host` follows these.
+                    outcome.uncertain |= taken
+                    continue
                 case Jump(name):
                     mask = mask & ~taken | self._call(name, point, taken, outcome, depth)
                     continue
@@ -127,7 +135,7 @@ class Program:
         """Classes for which all matches hold, and classes for which an unknown match decides."""
         unsure = False
         for match in rule.matches:
-            if isinstance(match, Unknown):
+            if isinstance(match, Unknown | Foreign):
                 unsure = True
             else:
                 mask &= self._match(match, point)
@@ -159,7 +167,7 @@ class Program:
                 return self._families[version] if point.protocol == icmp and point.icmp_type in types else 0
             case Limit():
                 return everyone
-            case Unknown():
+            case Unknown() | Foreign():
                 return everyone
 
     def _addresses(self, side: str, version: int, ranges: Ranges, negated: bool, point: Point) -> int:

@@ -14,6 +14,7 @@ from fwcompiler.ruleset import (
     Chain,
     Family,
     Final,
+    Foreign,
     Goto,
     InRanges,
     InSet,
@@ -26,8 +27,11 @@ from fwcompiler.ruleset import (
     Rule,
     Ruleset,
     StateIn,
+    Translate,
     TypeIn,
+    Undecided,
     Unknown,
+    Untrack,
 )
 
 
@@ -76,12 +80,14 @@ class _Trace:
         for rule in chain.rules:
             if not all(self._holds(m) for m in rule.matches):
                 continue
-            unknown = next((m.text for m in rule.matches if isinstance(m, Unknown)), "")
+            unknown = next((_name(m) for m in rule.matches if isinstance(m, Unknown | Foreign)), "")
+            if isinstance(rule.verdict, Translate | Untrack | Undecided):
+                unknown = unknown or str(rule.verdict)
             if unknown:
                 self.unsure = self.unsure or unknown
                 continue
             match rule.verdict:
-                case None:
+                case None | Translate() | Untrack() | Undecided():
                     continue
                 case Final.RETURN:
                     return None
@@ -113,7 +119,7 @@ class _Trace:
             case TypeIn(version, types):
                 number = PROTOCOLS["icmp" if version == 4 else "icmpv6"]
                 return packet.version == version and packet.protocol == number and packet.icmp_type in types
-            case Limit() | Unknown():
+            case Limit() | Unknown() | Foreign():
                 return True
 
     def _address(self, match: InSet | InRanges) -> bool:
@@ -128,3 +134,7 @@ class _Trace:
             return covers(match.ranges, value)
         known = self._sets.get(match.set)
         return known is not None and (covers(known.ranges, value) or any(value == address for address, _ in known.members))
+
+
+def _name(match: Unknown | Foreign) -> str:
+    return match.text if isinstance(match, Unknown) else str(match)
