@@ -24,14 +24,14 @@ class Applied:
     changed: bool
 
 
-def apply(compiled: Compiled, plan: Plan, wanted: NormalForm, host: Host) -> Applied:
+def apply(compiled: Compiled, plan: Plan, wanted: NormalForm, host: Host, *, proof: bool = True) -> Applied:
     """Commit a plan. The caller holds the state's lock.
 
     Raises:
         HostRefused: the state directory or the kernel refused; nothing was changed.
         RolledBack: the kernel took it, but lists something else than was wanted; the old rules are back.
     """
-    record = _record(compiled, wanted, host.backend)
+    record = _record(compiled, wanted, host.backend, proof)
     current = host.state.current()
     if plan.in_sync and current is not None and current.fingerprint == record.fingerprint():
         return Applied(current, False)
@@ -41,7 +41,7 @@ def apply(compiled: Compiled, plan: Plan, wanted: NormalForm, host: Host) -> App
         if plan.steps:
             with host.namespace.entered():
                 runner.execute(plan.steps)
-            _verify(compiled, plan, host)
+            _verify(compiled if proof else None, plan, host)
     except BaseException:
         host.state.discard(pending)
         raise
@@ -56,7 +56,7 @@ def apply(compiled: Compiled, plan: Plan, wanted: NormalForm, host: Host) -> App
     return Applied(generation, not plan.in_sync)
 
 
-def _record(compiled: Compiled, wanted: NormalForm, backend: Backend) -> Record:
+def _record(compiled: Compiled, wanted: NormalForm, backend: Backend, proven: bool) -> Record:
     sources = {}
     for name in compiled.files():
         try:
@@ -66,18 +66,20 @@ def _record(compiled: Compiled, wanted: NormalForm, backend: Backend) -> Record:
     empty = replace(compiled.ruleset, sets=tuple(replace(s, ranges=()) for s in compiled.ruleset.sets))
     rendered = backend.render(empty).files
     policy = str(Path(compiled.path).resolve())
-    return Record(
-        backend.name, policy, compiled.policy.name, sources, rendered, wanted.listing, wanted.ruleset, list_sizes(compiled.resolved)
-    )
+    lists = list_sizes(compiled.resolved)
+    return Record(backend.name, policy, compiled.policy.name, sources, rendered, wanted.listing, wanted.ruleset, lists, proven)
 
 
-def _verify(compiled: Compiled, plan: Plan, host: Host) -> None:
-    """Read the live rules back and prove them; where anything is wrong with them, put back what was there before."""
+def _verify(compiled: Compiled | None, plan: Plan, host: Host) -> None:
+    """Read the live rules back and prove them; where anything is wrong with them, put back what was there before.
+
+    Without a policy to prove them against, they are only compared with what was sent.
+    """
     try:
         after = observe(host, {s.name: s.ranges for s in plan.wanted.sets})
         if not make_plan(host.backend, after, plan.wanted).in_sync:
             raise RolledBack("the kernel lists other rules than were sent")
-        wrong = disproof(compiled, after)
+        wrong = disproof(compiled, after) if compiled else ()
         if wrong:
             raise RolledBack(f"the live rules do not mean what the policy says\n  {wrong[0]}")
     except BaseException as error:

@@ -81,8 +81,11 @@ def common(
     context.obj = Options(backend, netns, state_dir, as_json, quiet, verbose, color)
 
 
+NoProof = Annotated[bool, typer.Option("--no-proof", help="Leave the proof out; said loudly and recorded.")]
+
+
 @app.command()
-def check(context: typer.Context, policy: PolicyFile) -> int:
+def check(context: typer.Context, policy: PolicyFile, no_proof: NoProof = False) -> int:
     """Check a policy: load, resolve, run its tests, try the rules in a scratch namespace."""
     from fwcompiler.pipeline import normal_form, render
     from fwcompiler.report import finding_json
@@ -95,7 +98,7 @@ def check(context: typer.Context, policy: PolicyFile) -> int:
         findings = compiled.findings
         backend = _backend(options)
         try:
-            normal_form(compiled, backend)
+            normal_form(compiled, backend, proof=_proof(no_proof))
         except Unavailable as refused:
             render(compiled, backend)
             left_out.append(f"not tried in a kernel: {refused.message}")
@@ -106,7 +109,8 @@ def check(context: typer.Context, policy: PolicyFile) -> int:
     if options.json:
         _print_json({"ok": True, "findings": [finding_json(f) for f in findings], "left_out": left_out})
     elif not options.quiet:
-        tried = "accepted by the kernel in a scratch namespace" if not left_out else left_out[0]
+        proven = "accepted by the kernel in a scratch namespace" + ("" if no_proof else ", proven for all packets")
+        tried = proven if not left_out else left_out[0]
         counts = f"{len(compiled.resolved.services)} services, {len(compiled.resolved.groups)} groups, {len(compiled.resolved.tests)} tests"
         print(f"{policy}: good for {backend.name}: {counts}; {tried}")
     return EXIT_OK
@@ -141,17 +145,20 @@ def compile_(
 def diff(
     context: typer.Context,
     policy: PolicyFile,
-    against: Annotated[str, typer.Option(help="What to compare with: `live`.")] = "live",
+    against: Annotated[str, typer.Option(help="What to compare with: `live`, `applied`, or the file of another policy.")] = "live",
+    no_proof: NoProof = False,
 ) -> int:
     """Show what an apply would change: access gained and lost, then the kernel changes."""
-    if against != "live":
-        raise UsageError(f"cannot compare against `{against}`", hint="this version compares with the live rules: --against live")
-    options: Options = context.obj
-    from fwcompiler.pipeline import plan
+    from fwcompiler.pipeline import compare_with, plan
 
+    options: Options = context.obj
     compiled = _compile(policy, options)
     with _host(options) as host:
-        planned, _ = plan(compiled, host)
+        proof = _proof(no_proof)
+        planned = plan(compiled, host, proof=proof)[0] if against == "live" else compare_with(compiled, host, against, proof=proof)
+    if against != "live" and planned.in_sync and not options.json:
+        print(f"no difference to {against}")
+        return EXIT_OK
     _show_plan(planned, compiled, options)
     return EXIT_OK if planned.in_sync else EXIT_DIFFERS
 
@@ -162,6 +169,7 @@ def apply(
     policy: PolicyFile,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change, change nothing.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    no_proof: NoProof = False,
 ) -> int:
     """Put a policy into force: check, try, show the difference, commit in one transaction, read back."""
     from fwcompiler import apply as stage
@@ -169,19 +177,20 @@ def apply(
 
     options: Options = context.obj
     compiled = _compile(policy, options)
+    proof = _proof(no_proof)
     with _host(options) as host:
         if dry_run:
-            planned, _ = plan(compiled, host)
+            planned, _ = plan(compiled, host, proof=proof)
             _show_plan(planned, compiled, options)
             return EXIT_OK if planned.in_sync else EXIT_DIFFERS
         _must_ask(yes)
         with host.state.lock():
-            planned, wanted = plan(compiled, host)
+            planned, wanted = plan(compiled, host, proof=proof)
             if not planned.in_sync:
                 if not options.json:
                     _show_plan(planned, compiled, options)
                 _ask(yes, "apply this?")
-            applied = stage.apply(compiled, planned, wanted, host)
+            applied = stage.apply(compiled, planned, wanted, host, proof=proof)
     if options.json:
         from fwcompiler.report import diff_json
 
@@ -190,6 +199,12 @@ def apply(
         what = "applied" if applied.changed else "in sync"
         print(f"{what}: generation {applied.generation.number} ({host.backend.name})")
     return EXIT_OK
+
+
+def _proof(no_proof: bool) -> bool:
+    if no_proof:
+        print("warning: --no-proof: nobody shows that these rules mean what the policy says", file=sys.stderr)
+    return not no_proof
 
 
 def _must_ask(yes: bool) -> None:
@@ -229,22 +244,68 @@ def explain(
     to_addr: Annotated[str | None, typer.Option("--to-addr", metavar="ADDR", help="Destination; default: an address of this host.")] = None,
     interface: Annotated[str, typer.Option("--in", metavar="NAME", help="Input interface.")] = "eth0",
     state: Annotated[str, typer.Option(help="new, established, related, invalid or untracked.")] = "new",
+    live: Annotated[bool, typer.Option("--live", help="Ask the loaded ruleset, and say where it and the policy part.")] = False,
 ) -> int:
     """Say what happens to one packet, and why, with the policy line."""
-    from fwcompiler.explain import packet_from
+    from fwcompiler.explain import explain_live, packet_from
     from fwcompiler.proof.meaning import explain as decide
     from fwcompiler.report import explain_json
 
     options: Options = context.obj
     packet = packet_from(source, to, to_addr, interface, state)
     explanation = decide(_compile(policy, options).resolved, packet)
+    traced = None
+    if live:
+        with _host(options) as host:
+            traced = explain_live(host, packet, explanation)
     if options.json:
-        _print_json(explain_json(explanation))
-    else:
-        print("\n".join(explanation.steps))
-        if explanation.at:
-            print(format_findings([Finding("value", "decided here", explanation.at, severity="note")]).replace("note[value]: ", ""))
+        _print_json(traced.as_json() if traced else explain_json(explanation))
+        return EXIT_OK
+    print("\n".join(explanation.steps))
+    if explanation.at:
+        print(format_findings([Finding("value", "decided here", explanation.at, severity="note")]).replace("note[value]: ", ""))
+    if traced:
+        print(traced.text())
     return EXIT_OK
+
+
+@app.command()
+def verify(
+    context: typer.Context,
+    policy: PolicyFile,
+    full: Annotated[bool, typer.Option("--full", help="Read every set whole, whatever its size.")] = False,
+) -> int:
+    """Prove that the live rules mean what the policy says; with `--backend all`, that all backends would load the same."""
+    from fwcompiler.report import verify_json, verify_text
+    from fwcompiler.verify import verify_backends, verify_live
+
+    options: Options = context.obj
+    compiled = _compile(policy, options)
+    if options.backend == "all":
+        verified = verify_backends(compiled)
+    else:
+        with _host(options) as host:
+            verified = verify_live(compiled, host, full=full)
+    if options.json:
+        _print_json(verify_json(verified.equal, verified.compared, verified.problems, verified.counter_examples))
+    elif not options.quiet or not verified.equal:
+        print(verify_text(verified.equal, verified.compared, verified.problems, verified.counter_examples))
+    return EXIT_OK if verified.equal else EXIT_DIFFERS
+
+
+@app.command()
+def test(context: typer.Context, policy: PolicyFile) -> int:
+    """Run the policy's own tests, every address and port of each."""
+    from fwcompiler.report import tests_json, tests_text
+    from fwcompiler.testing import results
+
+    options: Options = context.obj
+    found = list(results(_compile(policy, options, tests=False).resolved))
+    if options.json:
+        _print_json(tests_json(found))
+    elif not options.quiet or any(wrong for _, wrong in found):
+        print(tests_text(found))
+    return EXIT_DIFFERS if any(wrong for _, wrong in found) else EXIT_OK
 
 
 @app.command()
@@ -324,10 +385,10 @@ def schema(
     return EXIT_OK
 
 
-def _compile(path: str, options: Options) -> Compiled:
+def _compile(path: str, options: Options, *, tests: bool = True) -> Compiled:
     from fwcompiler.pipeline import compile_policy
 
-    compiled = compile_policy(path)
+    compiled = compile_policy(path, tests=tests)
     if compiled.findings and not options.quiet:
         color = options.color and sys.stderr.isatty()
         print(format_findings(compiled.findings, color=color), file=sys.stderr)

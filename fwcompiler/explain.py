@@ -1,14 +1,23 @@
-"""Reads the packet that `fwc explain` is asked about."""
+"""Reads the packet that `fwc explain` is asked about, and asks the loaded ruleset about it."""
 
 from __future__ import annotations
 
-from typing import cast, get_args
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast, get_args
 
 from fwcompiler.addresses import AddressError, parse_address
 from fwcompiler.diagnostics import UsageError, did_you_mean
+from fwcompiler.pipeline import Host, observe
 from fwcompiler.ports import PortError, parse_ports
+from fwcompiler.proof.describe import rule_text
 from fwcompiler.proof.fields import Packet, packet_to
-from fwcompiler.ruleset import State
+from fwcompiler.proof.meaning import Explanation
+from fwcompiler.proof.trace import Decision, trace
+from fwcompiler.report import explain_json
+from fwcompiler.ruleset import BUILT_IN, State
+
+if TYPE_CHECKING:
+    from fwcompiler.shapes import LiveExplainShape
 
 
 def packet_from(source: str, to: str, to_addr: str | None, interface: str, state: str) -> Packet:
@@ -32,3 +41,50 @@ def packet_from(source: str, to: str, to_addr: str | None, interface: str, state
     return packet_to(
         version, value, ports, destination=destination[1] if destination else None, interface=interface, state=cast(State, state)
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """What the loaded ruleset does with a packet, beside what the policy says."""
+
+    decision: Decision
+    policy: Explanation
+
+    @property
+    def agrees(self) -> bool:
+        """True when both come to the same verdict."""
+        return self.decision.verdict == self.policy.verdict
+
+    def reason(self) -> str:
+        """The rule that decides."""
+        where = f"chain {self.decision.chain}" if self.decision.chain else "no chain of ours"
+        what = f"{where}: {rule_text(self.decision.rule)}" if self.decision.rule else f"the end of {where}"
+        return f"{what}; not understood on the way: {self.decision.unsure}" if self.decision.unsure else what
+
+    def as_json(self) -> LiveExplainShape:
+        """The shape of `explain --live --json`."""
+        service = self.decision.service
+        return {
+            "verdict": "accept" if self.decision.verdict == "accept" else "reject" if self.decision.verdict == "reject" else "drop",
+            "service": None if service in BUILT_IN else service or None,
+            "reason": self.reason(),
+            "at": str(self.policy.at) if self.policy.at and self.agrees else None,
+            "agrees": self.agrees,
+            "policy": explain_json(self.policy),
+        }
+
+    def text(self) -> str:
+        """One line, and another one where the two part."""
+        line = f"live: {self.decision.verdict}: {self.reason()}"
+        if self.agrees:
+            return line
+        return f"{line}\nhere they part: the policy says {self.policy.verdict}, the loaded rules say {self.decision.verdict}"
+
+
+def explain_live(host: Host, packet: Packet, explanation: Explanation) -> Traced:
+    """Send a packet through the listing that the kernel holds now.
+
+    Raises:
+        HostRefused: the kernel cannot be asked.
+    """
+    return Traced(trace(observe(host), packet), explanation)

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from fwcompiler.addresses import BITS, EVERYONE, Addresses
 from fwcompiler.diagnostics import Finding
 from fwcompiler.plan import Plan
 from fwcompiler.proof.access import LOOPBACK_ADDRESSES, Access
+from fwcompiler.proof.describe import CounterExample, packet_text
 from fwcompiler.proof.meaning import Explanation
-from fwcompiler.resolve import Resolved
+from fwcompiler.resolve import Resolved, ResolvedTest
 
 if TYPE_CHECKING:
-    from fwcompiler.shapes import AccessShape, CountShape, DiffShape, ExplainShape, FindingShape
+    from fwcompiler.shapes import (
+        AccessShape,
+        CounterExampleShape,
+        CountShape,
+        DiffShape,
+        ExplainShape,
+        FindingShape,
+        TestShape,
+        TestsShape,
+        VerifyShape,
+    )
 
 MAX_SOURCES = 6
 MAX_LINES = 40
@@ -53,6 +64,51 @@ def explain_json(explanation: Explanation) -> ExplainShape:
         "reason": explanation.reason,
         "at": str(explanation.at) if explanation.at else None,
     }
+
+
+def verify_json(equal: bool, compared: Sequence[str], problems: Sequence[str], examples: Sequence[CounterExample]) -> VerifyShape:
+    """The shape of `verify --json`."""
+    shapes: list[CounterExampleShape] = [
+        {"packets": e.packets, "packet": packet_text(e.packet), "policy": e.policy, "kernel": e.kernel} for e in examples
+    ]
+    return {"equal": equal, "compared": list(compared), "problems": list(problems), "counter_examples": shapes}
+
+
+def verify_text(equal: bool, compared: Sequence[str], problems: Sequence[str], examples: Sequence[CounterExample]) -> str:
+    """What was proven, or what speaks against it with one packet for each."""
+    if equal:
+        return f"proven for all packets: {', '.join(compared)} {'means' if len(compared) == 1 else 'mean'} what the policy says"
+    lines = [*problems]
+    for e in examples:
+        lines += [f"{e.packets}", f"  the policy: {e.policy}", f"  the kernel: {e.kernel}", f"  for example {packet_text(e.packet)}"]
+    return "\n".join(lines)
+
+
+def tests_json(found: Sequence[tuple[ResolvedTest, str]]) -> TestsShape:
+    """The shape of `test --json`."""
+    rows: list[TestShape] = [
+        {
+            "from": test.source,
+            "to": str(test.ports),
+            "state": test.state,
+            "expect": "accept" if test.expect == "accept" else "drop",
+            "passed": not wrong,
+            "message": wrong,
+            "at": str(test.at),
+        }
+        for test, wrong in found
+    ]
+    return {"passed": all(row["passed"] for row in rows), "tests": rows}
+
+
+def tests_text(found: Sequence[tuple[ResolvedTest, str]]) -> str:
+    """A line a test; where one is not met, what happens instead."""
+    lines = []
+    for test, wrong in found:
+        what = f"{test.expect} from {test.source} to {test.ports}" + (f", {test.state}" if test.state != "new" else "")
+        lines.append(f"{'FAILED' if wrong else 'ok    '}  {test.at}: {what}" + (f", but {wrong}" if wrong else ""))
+    failed = sum(bool(wrong) for _, wrong in found)
+    return "\n".join([*lines, f"{len(found) - failed} passed, {failed} failed"])
 
 
 def diff_text(plan: Plan, policy: Resolved | None, *, color: bool, whole: bool = False) -> str:

@@ -54,6 +54,44 @@ class ExplainShape(TypedDict):
     at: str | None
 
 
+class LiveExplainShape(ExplainShape):
+    """`explain --live --json`: what the loaded ruleset does, whether the policy says the same, and what it says."""
+
+    agrees: bool
+    policy: ExplainShape
+
+
+class CounterExampleShape(TypedDict):
+    """Packets that the kernel treats otherwise than the policy says; `packet` is one of them."""
+
+    packets: str
+    packet: str
+    policy: str
+    kernel: str
+
+
+class VerifyShape(TypedDict):
+    """`verify --json`: `compared` names the backends whose rules were proven; `problems` what stands in the way."""
+
+    equal: bool
+    compared: list[str]
+    problems: list[str]
+    counter_examples: list[CounterExampleShape]
+
+
+TestShape = TypedDict(
+    "TestShape",
+    {"from": str, "to": str, "state": str, "expect": Literal["accept", "drop"], "passed": bool, "message": str, "at": str},
+)
+
+
+class TestsShape(TypedDict):
+    """`test --json`."""
+
+    passed: bool
+    tests: list[TestShape]
+
+
 class CountShape(TypedDict):
     """Packets and bytes of one counter."""
 
@@ -79,6 +117,7 @@ class GenerationShape(TypedDict):
     applied_by: str
     applied_from: str
     fingerprint: str
+    proven: bool
 
 
 class StatusShape(TypedDict):

@@ -40,6 +40,7 @@ class Generation:
     applied_by: str
     applied_from: str
     fingerprint: str
+    proven: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,7 @@ class Record:
     listing: Sequence[str]
     ruleset: Ruleset
     lists: Mapping[str, int]
+    proven: bool = True
 
     def fingerprint(self) -> str:
         """The same for the same backend and rules, whatever the policy's spelling."""
@@ -185,7 +187,7 @@ class StateDir:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         who = os.environ.get("SUDO_USER") or os.environ.get("USER") or str(os.geteuid())
         peer = os.environ.get("SSH_CONNECTION", "").partition(" ")[0]
-        return Generation(number, record.backend, record.policy, record.name, now, who, peer, record.fingerprint())
+        return Generation(number, record.backend, record.policy, record.name, now, who, peer, record.fingerprint(), record.proven)
 
     def commit(self, pending: Path) -> Generation:
         """Give a prepared generation its number and make it the current one: two renames, which need no room.

@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, cast
 
 from fwcompiler import second_reading
 from fwcompiler.addresses import address_text
-from fwcompiler.backend import Backend
 from fwcompiler.kernel import runner
 from fwcompiler.kernel import second_reading as kernel_reading
-from fwcompiler.pipeline import Host, observe
-from fwcompiler.plan import make_plan, with_contents
+from fwcompiler.pipeline import Host, applied, observe
+from fwcompiler.plan import make_plan
 from fwcompiler.report import counters_json
-from fwcompiler.ruleset import AddressSet, Ruleset
-from fwcompiler.state import StateDir
+from fwcompiler.ruleset import Ruleset
 from fwcompiler.tables import table_text
 
 if TYPE_CHECKING:
@@ -30,7 +28,7 @@ def read_status(host: Host) -> StatusShape:
     backend, state = host.backend, host.state
     live = observe(host)
     listing = _listing(host)
-    wanted = _applied(backend, state)
+    wanted = applied(host)
     plan = make_plan(backend, live, wanted) if wanted else None
     current = state.current()
     other = f"the generation in force is one of {current.backend}" if current else "no generation is recorded"
@@ -74,20 +72,6 @@ def _second_reading(host: Host, listing: Sequence[str]) -> str | None:
         if ours == before:
             return f"differs: {difference}"
     return "not possible: the rules change while they are read"
-
-
-def _applied(backend: Backend, state: StateDir) -> Ruleset | None:
-    """The ruleset of the current generation, as a kernel listed it when it was tried."""
-    current = state.current()
-    if current is None or current.backend != backend.name:
-        return None
-    try:
-        contents = state.contents(current.number)
-        listed = backend.parse(state.listing(current.number))
-    except (OSError, ValueError):
-        return None
-    known = Ruleset(sets=tuple(AddressSet(name, 4, ranges) for name, ranges in contents.items()))
-    return with_contents(listed, known)
 
 
 def _members(live: Ruleset) -> dict[str, list[MemberShape]]:

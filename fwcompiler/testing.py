@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from fwcompiler.addresses import Addresses, Ranges, intersect, subtract
 from fwcompiler.diagnostics import Report
 from fwcompiler.ports import PROTOCOLS, Ports, port_text
@@ -15,13 +17,21 @@ Piece = tuple[Ranges, Addresses]
 
 def run_tests(policy: Resolved, report: Report) -> None:
     """Report every test that the policy does not meet, with an example of what happens instead."""
+    for test, wrong in results(policy):
+        if wrong:
+            report.error("policy-test", f"expected {test.expect} from {test.source} to {test.ports}, but {wrong}", test.at)
+
+
+def results(policy: Resolved) -> Iterator[tuple[ResolvedTest, str]]:
+    """Every test with what is wrong with it; the empty string where it is met."""
     meaning = clauses(policy)
     for test in policy.tests:
         wrong = next((p for p in _decide(test, meaning) if p[0].verdict != test.expect), None)
-        if wrong is not None:
-            clause, (ports, sources) = wrong
-            what = f"{sources.texts()[0]} to {_to(test.ports, ports)} is {_PAST[clause.verdict]}: {clause.reason}"
-            report.error("policy-test", f"expected {test.expect} from {test.source} to {test.ports}, but {what}", test.at)
+        if wrong is None:
+            yield test, ""
+            continue
+        clause, (ports, sources) = wrong
+        yield test, f"{sources.texts()[0]} to {_to(test.ports, ports)} is {_PAST[clause.verdict]}: {clause.reason}"
 
 
 _PAST = {"accept": "accepted", "drop": "dropped"}

@@ -13,7 +13,7 @@ from typing import Literal
 
 from fwcompiler.backend import Command, Fill, Rendered, SetChange, Step
 from fwcompiler.diagnostics import Finding, Position
-from fwcompiler.ruleset import AddressSet, Chain, InSet, Ruleset, Unknown
+from fwcompiler.ruleset import AddressSet, Chain, Foreign, InSet, Rule, Ruleset, Translate, Undecided, Unknown, Untrack
 from fwcompiler_nftables.parse import STRAY, parse_listing, read_counters
 from fwcompiler_nftables.render import TABLE, Line, elements, hook_spec, member_text, rule_lines, set_spec, table_text
 
@@ -34,11 +34,10 @@ class Nftables:
     def refuse(self, ruleset: Ruleset) -> Sequence[Finding]:
         """nftables expresses all of the neutral ruleset but what nobody understood."""
         return [
-            Finding("value", f"nftables cannot express {match.text}", rule.origin)
+            Finding("value", f"nftables cannot express {text}", rule.origin)
             for chain in ruleset.chains
             for rule in chain.rules
-            for match in rule.matches
-            if isinstance(match, Unknown)
+            for text in _faults(rule)
         ]
 
     def render(self, ruleset: Ruleset) -> Rendered:
@@ -223,3 +222,11 @@ def _script(lines: Iterable[Line]) -> Command:
         if origin:
             origins[len(texts)] = origin
     return Command(("nft", "-f", "-"), "\n".join((*texts, "")), origins=origins)
+
+
+def _faults(rule: Rule) -> Iterable[str]:
+    """What of a rule fwc only reads: matches that nobody understood, matches and verdicts of other people's rulesets."""
+    yield from (match.text for match in rule.matches if isinstance(match, Unknown))
+    yield from (str(match) for match in rule.matches if isinstance(match, Foreign))
+    if isinstance(rule.verdict, Translate | Untrack | Undecided):
+        yield str(rule.verdict)

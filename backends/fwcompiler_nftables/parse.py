@@ -364,6 +364,8 @@ def _protocol(right: Json) -> int:
 
 
 def _states(right: Json, negated: bool) -> StateIn:
+    if negated and isinstance(right, list):
+        raise _NotModelled  # compares with the bits of all of them at once
     items = right if isinstance(right, list) else list(_items(right))
     if not all(item in STATES for item in items):
         raise _NotModelled

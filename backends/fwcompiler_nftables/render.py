@@ -17,6 +17,7 @@ from fwcompiler.ruleset import (
     Chain,
     Family,
     Final,
+    Foreign,
     Goto,
     Hook,
     InRanges,
@@ -30,8 +31,11 @@ from fwcompiler.ruleset import (
     Rule,
     Ruleset,
     StateIn,
+    Translate,
     TypeIn,
+    Undecided,
     Unknown,
+    Untrack,
     Verdict,
 )
 
@@ -124,6 +128,8 @@ def verdict_text(verdict: Verdict) -> str:
             return f"jump {chain}"
         case None:
             return "continue"
+        case Translate() | Untrack() | Undecided():
+            raise ValueError(f"cannot render {verdict}")
 
 
 _PROTO = {4: "ip", 6: "ip6"}
@@ -135,7 +141,7 @@ def match_text(match: Match, names: Names) -> str:
     """One match as nft writes it.
 
     Raises:
-        ValueError: an `Unknown`, which nobody can write; `refuse` reports it first.
+        ValueError: an `Unknown` or `Foreign`, which fwc never writes; `refuse` reports it first.
     """
     match match:
         case InSet(side, name, version, negated):
@@ -154,14 +160,17 @@ def match_text(match: Match, names: Names) -> str:
         case PortIn(side, protocol, span, negated):
             return f"{protocol} {_PORT_SIDE[side]} {_not(negated)}{port_text(span)}"
         case StateIn(states, negated):
-            return f"ct state {_not(negated)}{','.join(s for s in STATE_ORDER if s in states)}"
+            chosen = [s for s in STATE_ORDER if s in states]
+            # `!= a,b` compares with the bits of both at once and always holds; a set is compared as one.
+            what = f"{{ {', '.join(chosen)} }}" if negated and len(chosen) > 1 else ",".join(chosen)
+            return f"ct state {_not(negated)}{what}"
         case TypeIn(version, types):
             what = str(types[0]) if len(types) == 1 else "{ " + ", ".join(map(str, types)) + " }"
             return f"{'icmp' if version == 4 else 'icmpv6'} type {what}"
         case Limit(rate, per, burst):
             return f"limit rate {rate}/{per} burst {burst} packets"
-        case Unknown(text):
-            raise ValueError(f"cannot render {text}")
+        case Unknown() | Foreign():
+            raise ValueError(f"cannot render {match}")
 
 
 def _not(negated: bool) -> str:

@@ -25,7 +25,32 @@ from fwcompiler.proof.space import (
 )
 from fwcompiler.proof.trace import Decision, trace
 from fwcompiler.resolve import Resolved
-from fwcompiler.ruleset import STATES, Ruleset, State
+from fwcompiler.ruleset import (
+    STATES,
+    Family,
+    Final,
+    Foreign,
+    Goto,
+    InRanges,
+    InSet,
+    Interface,
+    Jump,
+    Limit,
+    Match,
+    Opaque,
+    PortIn,
+    ProtocolIs,
+    Rule,
+    Ruleset,
+    State,
+    StateIn,
+    Translate,
+    TypeIn,
+    Undecided,
+    Unknown,
+    Untrack,
+    Verdict,
+)
 
 MAX_RANGES = 4
 USUAL_STATES: tuple[State, ...] = ("new", "established", "related")
@@ -146,3 +171,51 @@ def packet_text(packet: Packet) -> str:
     """`198.51.100.17 -> udp/5060, new, in eth0`."""
     port = f"/{packet.port}" if packet.protocol in (6, 17) else f"/{packet.icmp_type}" if packet.protocol in (1, 58) else ""
     return f"{address_text(packet.version, packet.source)} -> {packet.protocol_name}{port}, {packet.state}, in {packet.interface}"
+
+
+def rule_text(rule: Rule) -> str:
+    """A rule in words: `source in carriers.v4: accept (sip)`."""
+    matches = ", ".join(match_text(m) for m in rule.matches) or "everything"
+    return f"{matches}: {_verdict(rule.verdict)}" + (f" ({rule.service})" if rule.service else "")
+
+
+def _verdict(verdict: Verdict) -> str:
+    match verdict:
+        case Final():
+            return verdict.value
+        case Goto(chain) | Jump(chain):
+            return f"on in {chain}"
+        case Translate(_, text) | Undecided(text):
+            return text
+        case Untrack():
+            return "goes on, untracked"
+        case None:
+            return "goes on"
+
+
+def match_text(match: Match) -> str:
+    """A match in words."""
+    no = "not " if getattr(match, "negated", False) else ""
+    match match:
+        case InSet(side, name, _, _):
+            return f"{side} {no}in {name}"
+        case InRanges(side, version, ranges, _):
+            return f"{side} {no}in {', '.join(range_text(version, r) for r in ranges[:MAX_RANGES])}"
+        case Family(version):
+            return f"IPv{version}"
+        case Interface(way, name, _):
+            return f"{no}{way} {name}"
+        case ProtocolIs(number, _):
+            return f"{no}protocol {number}"
+        case PortIn(side, protocol, span, _):
+            return f"{no}{protocol} {'from ' if side == 'source' else ''}port {port_text(span)}"
+        case StateIn(states, _):
+            return f"{no}{' or '.join(s for s in STATES if s in states)}"
+        case TypeIn(version, types):
+            return f"{'ICMP' if version == 4 else 'ICMPv6'} type {', '.join(map(str, types))}"
+        case Limit(rate, per, _):
+            return f"at most {rate} a {per}"
+        case Unknown(text) | Opaque(text):
+            return f"{no}{text}"
+        case Foreign():
+            return str(match)

@@ -1,0 +1,71 @@
+"""Proves that rules mean what a policy says: those a kernel holds now, or those every backend would load."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+from fwcompiler.backend import Backend
+from fwcompiler.diagnostics import HostRefused
+from fwcompiler.kernel import runner
+from fwcompiler.pipeline import Compiled, Host, disproof, normal_form, observe
+from fwcompiler.proof.compose import from_ruleset
+from fwcompiler.proof.describe import CounterExample, box_text
+from fwcompiler.proof.prove import FAMILIES, differ
+from fwcompiler.registry import installed, load
+from fwcompiler.ruleset import Ruleset
+
+MAX_SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What was compared, and what speaks against equality: in words, and as packets."""
+
+    compared: tuple[str, ...]
+    problems: tuple[str, ...] = ()
+    counter_examples: tuple[CounterExample, ...] = ()
+
+    @property
+    def equal(self) -> bool:
+        """True when everything compared was proven equal for all packets."""
+        return not self.problems and not self.counter_examples
+
+
+def verify_live(compiled: Compiled, host: Host, *, full: bool = False) -> Verified:
+    """Prove that what the kernel holds means what the policy says. ``full``: every set is read whole, whatever its size."""
+    live = observe(host, {} if full else None)
+    if not live:
+        return Verified((host.backend.name,), (f"{host.backend.name}: nothing of fwc is loaded",))
+    return Verified((host.backend.name,), tuple(_strange(live)), disproof(compiled, live))
+
+
+def _strange(live: Ruleset) -> list[str]:
+    """What is among ours and outside of what the proof is about: it would be wrong to call that equal."""
+    elsewhere = [
+        f"chain {c.name} hangs at the hook {c.hook.name}" for c in live.chains if c.hook and c.hook.name not in ("input", "prerouting")
+    ]
+    return [*(f"fwc never makes this: {what}" for what in live.others), *elsewhere]
+
+
+def verify_backends(compiled: Compiled) -> Verified:
+    """Prove what every usable backend loads equal to the policy, and to one another."""
+    loaded: list[tuple[Backend, Ruleset]] = []
+    problems: list[str] = []
+    for name in installed():
+        backend = load(name)
+        if not all(runner.find(p) for p in backend.programs):
+            problems.append(f"{name}: its programs are not installed")
+            continue
+        try:
+            loaded.append((backend, normal_form(compiled, backend).ruleset))
+        except HostRefused as refused:
+            problems.append(f"{name}: {refused.message}")
+    for (first, one), (second, other) in pairwise(loaded):
+        problems += [f"{first.name} and {second.name} differ: {text}" for text in _differences(one, other)]
+    return Verified(tuple(b.name for b, _ in loaded), tuple(problems))
+
+
+def _differences(first: Ruleset, second: Ruleset) -> list[str]:
+    found = (differ(from_ruleset(first, version), from_ruleset(second, version), version) for version in FAMILIES)
+    return [f"{box_text(d.space, box)}: {' and '.join(box.verdicts)}" for d in found if d for box in d.boxes[:MAX_SHOWN]]
