@@ -31,6 +31,8 @@ def run(arguments: list[str]) -> int:
         return 0
     # Nothing here lives long enough for cycles to matter, and collecting over 100,000 addresses takes time.
     gc.disable()
+    # Nobody's pydantic plugin has a say in what a policy means, and looking for them takes time.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
