@@ -14,6 +14,7 @@ from fwcompiler import __version__
 
 WITH_VALUE = ("--backend", "--host", "--netns", "--state-dir")
 EXIT_USAGE = 2
+INTERRUPTED = 130
 BROKEN_PIPE = 141
 """What a shell shows for a program that SIGPIPE ended; the command did not get to its end."""
 FLAGS = ("--json", "--no-color", "-q", "--quiet", "-v", "--verbose")
@@ -38,12 +39,14 @@ def run(arguments: list[str]) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         code = _dispatch(common_first(arguments or ["--help"]))
+        if code == INTERRUPTED:
+            print("interrupted", file=sys.stderr)
         return _flushed(code if arguments else EXIT_USAGE)
     except BrokenPipeError:
         return _flushed(BROKEN_PIPE)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
 
 
 def _flushed(code: int) -> int:
@@ -82,6 +85,9 @@ def _dispatch(arguments: list[str]) -> int:
     try:
         result = app(args=arguments, prog_name="fwc", standalone_mode=False)
         return result if isinstance(result, int) else 0
+    except SystemExit as ended:
+        # typer ends so, with 1, when nobody reads its output any more; commands of ours return.
+        raise BrokenPipeError from ended
     except Failure as failure:
         color = "--no-color" not in arguments and not os.environ.get("NO_COLOR") and sys.stderr.isatty()
         quiet = "-q" in arguments or "--quiet" in arguments

@@ -423,7 +423,7 @@ def _state(options: Options) -> StateDir:
 
     if options.state_dir:
         return StateDir(options.state_dir)
-    return StateDir(f"{DEFAULT}/netns/{options.netns}" if options.netns else DEFAULT)
+    return StateDir(DEFAULT if options.netns is None else f"{DEFAULT}/netns/{options.netns}")
 
 
 def _show_plan(planned: Plan, compiled: Compiled, options: Options) -> None:

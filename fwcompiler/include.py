@@ -23,7 +23,7 @@ def load_merged(path: str, report: Report) -> Document | None:
 
 
 def _load(path: str, report: Report, at: Position | None, above: tuple[str, ...]) -> Document | None:
-    identity = str(Path(path).resolve())
+    identity = os.path.realpath(path)
     if identity in above:
         report.error("include-cycle", f"`{path}` includes itself", at, "take out one of the includes on the way")
         return None

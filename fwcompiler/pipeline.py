@@ -254,7 +254,7 @@ def remembered(host: Host) -> dict[str, Ranges]:
 @contextmanager
 def target(name: str | None) -> Iterator[netns.Namespace]:
     """The namespace to act in: the one called `name`, or the one we are in."""
-    namespace = netns.named(name) if name else netns.Namespace()
+    namespace = netns.Namespace() if name is None else netns.named(name)
     try:
         yield namespace
     finally:

@@ -31,9 +31,10 @@ class Plan:
         """True when the kernel holds exactly what is wanted."""
         return not self.steps and not self.replaces
 
-    def changes(self) -> tuple[str, ...]:
-        """The kernel changes, one line each, as they will be sent."""
-        sent = tuple(line for step in self.steps for line in _lines(step.do))
+    def changes(self, *, whole: bool = False) -> tuple[str, ...]:
+        """The kernel changes, one line each, as they will be sent; long lists of elements are cut unless `whole`."""
+        shown = None if whole else MAX_ELEMENTS_SHOWN
+        sent = tuple(line for step in self.steps for line in _lines(step.do, shown))
         return (*sent, f"remove the rules of fwc from {self.replaces}") if self.replaces else sent
 
 
@@ -70,7 +71,7 @@ def with_contents(listed: Ruleset, lowered: Ruleset) -> Ruleset:
     return replace(listed, sets=tuple(sets))
 
 
-def _lines(do: Command | Fill) -> Iterator[str]:
+def _lines(do: Command | Fill, shown: int | None) -> Iterator[str]:
     match do:
         case Command(argv, stdin):
             body = [line for line in stdin.splitlines() if line.strip()]
@@ -78,6 +79,6 @@ def _lines(do: Command | Fill) -> Iterator[str]:
         case Fill(_, name, version, add, remove):
             for verb, ranges in (("delete", remove), ("add", add)):
                 if ranges:
-                    shown = ", ".join(range_text(version, r) for r in ranges[:MAX_ELEMENTS_SHOWN])
-                    more = f", and {len(ranges) - MAX_ELEMENTS_SHOWN} more" if len(ranges) > MAX_ELEMENTS_SHOWN else ""
-                    yield f"{verb} element {name} {{ {shown}{more} }}"
+                    texts = ", ".join(range_text(version, r) for r in ranges[:shown])
+                    more = f", and {len(ranges) - shown} more" if shown is not None and len(ranges) > shown else ""
+                    yield f"{verb} element {name} {{ {texts}{more} }}"

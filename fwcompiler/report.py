@@ -47,12 +47,12 @@ def access_json(access: Access) -> AccessShape:
 
 
 def diff_json(plan: Plan) -> DiffShape:
-    """The shape of `diff --json`: exact, nothing summarised but long element lists among the kernel changes."""
+    """The shape of `diff --json`: exact, nothing summarised."""
     return {
         "in_sync": plan.in_sync,
         "gained": [access_json(a) for a in plan.access.gained],
         "lost": [access_json(a) for a in plan.access.lost],
-        "changes": list(plan.changes()),
+        "changes": list(plan.changes(whole=True)),
     }
 
 
@@ -130,7 +130,7 @@ def diff_text(plan: Plan, policy: Resolved | None, *, color: bool, whole: bool =
     if not plan.live and not whole:
         lines.append(f"  {_load_text(plan)} (every line with -v)")
         return "\n".join(lines)
-    changes = plan.changes()
+    changes = plan.changes(whole=whole)
     shown = changes if whole else changes[:MAX_LINES]
     lines += [f"  {line if whole else _cut(line)}" for line in shown]
     if len(changes) > len(shown):

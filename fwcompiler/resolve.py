@@ -5,12 +5,12 @@ Everything later stages need is in :class:`Resolved`; it refers to the policy by
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date
 from itertools import combinations
-from pathlib import Path
 
 from fwcompiler.addresses import EVERYONE, LOOPBACK, NOBODY, AddressError, Addresses, parse_entry
 from fwcompiler.catalogue import CATALOGUE, Class
@@ -108,7 +108,7 @@ class Resolved:
         """Every list file with a key that names it over time: its group and its path."""
         for group in self.groups.values():
             for each in group.lists:
-                yield f"{group.name}:{Path(each.file).resolve()}", each
+                yield f"{group.name}:{os.path.realpath(each.file)}", each
 
     def addresses(self, groups: Iterable[str]) -> Addresses:
         """The fixed addresses of several groups together."""

@@ -148,7 +148,10 @@ class StateDir:
     def contents(self, number: int) -> dict[str, Ranges]:
         """Contents of a generation's static sets."""
         data = json.loads((self._generations / str(number) / "sets.json").read_text(encoding="utf-8"))
-        return {name: tuple((low, high) for low, high in ranges) for name, ranges in data.items()}
+        try:
+            return {name: tuple((low, high) for low, high in ranges) for name, ranges in data.items()}
+        except (AttributeError, TypeError) as error:
+            raise ValueError(f"the sets of generation {number} are not readable: {error}") from error
 
     def list_sizes(self, number: int) -> dict[str, int]:
         """How many addresses each list file had in a generation."""

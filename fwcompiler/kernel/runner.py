@@ -36,7 +36,7 @@ def find(program: str) -> str | None:
     """Full path of a program, or None."""
     for folder in search_path():
         path = os.path.join(folder, program)  # noqa: PTH118 - pathlib costs more than the whole search
-        if os.access(path, os.X_OK):
+        if os.access(path, os.X_OK) and os.path.isfile(path):  # noqa: PTH113
             return path
     return None
 

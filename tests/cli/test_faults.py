@@ -133,9 +133,9 @@ def test_user_cannot_apply_with_a_state_of_his_own(user_host: Host) -> None:
 def in_mounts(host: Host, script: str) -> Ran:
     """Run a shell script in a mount namespace of its own: $FWC is the program with the host's options, $S its state directory."""
     host.state.mkdir(exist_ok=True)
+    names = f'FWC="{FWC} {" ".join(host.common)}"; S="{host.state}"; A="$1"; B="$2"'
     done = subprocess.run(
-        ["unshare", "-m", "sh", "-c", f'FWC="{FWC} {" ".join(host.common)}"; S="{host.state}"; A="$1"; B="$2"\n{script}', "sh"]
-        + [host.write(), host.write(OTHER, "other.yaml")],
+        ["unshare", "-m", "sh", "-c", f"{names}\n{script}", "sh", host.write(), host.write(OTHER, "other.yaml")],
         capture_output=True,
         text=True,
         check=False,
@@ -256,7 +256,13 @@ exec "$REAL" "$@" < "$text"
     [
         ("nftables", "nft", "set inet fwc carriers.v4", "/dev/stdin:%s:1-9: Error: Could not process rule: No space left on device", "3:3"),
         ("nftables", "nft", "rule inet fwc service.sip ", "/dev/stdin:%s:9-12: Error: No such file or directory; did you mean x?", "9:3"),
-        ("iptables-nft", "iptables-nft-restore", "A FWC-s.sip", "iptables-nft-restore v1.8.9 (nf_tables): \\nline %s: RULE_APPEND failed", "9:3"),
+        (
+            "iptables-nft",
+            "iptables-nft-restore",
+            "A FWC-s.sip",
+            "iptables-nft-restore v1.8.9 (nf_tables): \\nline %s: RULE_APPEND failed",
+            "9:3",
+        ),
         ("iptables-legacy", "ip6tables-legacy-restore", "A FWC-s.ssh", "ip6tables-restore: line %s failed", "11:3"),
     ],
 )
@@ -280,7 +286,9 @@ def test_refusal_is_told_at_the_policy_line(
 @pytest.mark.parametrize("command", ["check", "apply", "diff"])
 def test_refusal_without_a_line(host: Host, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     """A kernel that refuses without saying which line is no reason to call a policy good."""
-    folder = wrapper(host.folder / "bin", "nft", 'case "$*" in "-f -") echo "internal:0:0-0: Error: Out of memory" >&2; exit 1;; esac\nexec "$REAL" "$@"')
+    folder = wrapper(
+        host.folder / "bin", "nft", 'case "$*" in "-f -") echo "internal:0:0-0: Error: Out of memory" >&2; exit 1;; esac\nexec "$REAL" "$@"'
+    )
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
 
     ran = host.fwc(command, host.write(), *(["--yes"] if command == "apply" else []))

@@ -1,0 +1,156 @@
+"""What the laws are tried on: addresses that collide, whole policies, and packets that stand at the borders of both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import date
+from typing import Any
+
+import yaml
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+
+from fwcompiler.addresses import BITS, LAST, Addresses, Range, address_text, prefix_text
+from fwcompiler.catalogue import CATALOGUE
+from fwcompiler.diagnostics import Report
+from fwcompiler.policy import validate
+from fwcompiler.ports import PROTOCOLS
+from fwcompiler.proof.atoms import cut
+from fwcompiler.proof.fields import Packet
+from fwcompiler.proof.program import Point, Program, sets_of
+from fwcompiler.resolve import Resolved, resolve
+from fwcompiler.ruleset import STATES, Ruleset
+from fwcompiler.source import parse_document
+
+LAW = settings(derandomize=True, deadline=None, database=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
+"""The same examples every time, in a bounded number."""
+KERNEL_LAW = settings(LAW, max_examples=6)
+
+HOME = {4: 0x0A000000, 6: 0x20010DB8 << 96}
+"""Most addresses are among the 64 after these, so that groups overlap, touch and exclude each other."""
+
+
+def values(version: int) -> st.SearchStrategy[int]:
+    """Addresses as integers: few that meet often, the ends of the family, and any."""
+    near = st.integers(HOME[version], HOME[version] + 63)
+    return near | near | st.sampled_from((0, 1, LAST[version] - 1, LAST[version])) | st.integers(0, LAST[version])
+
+
+@st.composite
+def spans(draw: Callable[..., Any], version: int) -> Range:
+    """A range of one family."""
+    low, high = sorted((draw(values(version)), draw(values(version))))
+    return low, high
+
+
+@st.composite
+def address_sets(draw: Callable[..., Any]) -> Addresses:
+    """A set of both families."""
+    return Addresses.of(draw(st.lists(spans(4), max_size=5)), draw(st.lists(spans(6), max_size=5)))
+
+
+@st.composite
+def entries(draw: Callable[..., Any]) -> str:
+    """An entry of a group that a policy accepts without a word: near home, in one of the forms people write."""
+    version = draw(st.sampled_from((4, 4, 6)))
+    low = HOME[version] + draw(st.integers(0, 63))
+    form = draw(st.sampled_from(("address", "prefix", "range", "wildcard")))
+    if form == "range":
+        high = low + draw(st.integers(0, 20))
+        return f"{address_text(version, low)}-{address_text(version, high)}"
+    if form == "wildcard" and version == 4:
+        return f"10.0.{draw(st.integers(0, 3))}.x"
+    length = BITS[version] - (draw(st.integers(0, 7)) if form == "prefix" else 0)
+    return prefix_text(version, low & -(1 << (BITS[version] - length)), length)
+
+
+OWN = {f"own{n}": port for n, port in enumerate((5059, 5061, 30000, 65535))}
+CATALOGUE_NAMES = sorted({*CATALOGUE} - {"sips", "iax2"})
+"""`sips` has a port of `OWN`, and `iax2` one of `udptl`."""
+GROUPS = ("alpha", "beta", "gamma", "delta")
+
+
+@st.composite
+def documents(draw: Callable[..., Any]) -> dict[str, Any]:
+    """A policy as data: groups (dynamic ones among them), services of the catalogue and of one's own, block, trust."""
+    names = draw(st.lists(st.sampled_from(GROUPS), min_size=1, max_size=4, unique=True))
+    groups: dict[str, Any] = {}
+    for name in names:
+        members = draw(st.lists(entries(), min_size=1, max_size=4))
+        groups[name] = {"members": members, "dynamic": {"timeout": "1h", "max": 64}} if draw(st.integers(0, 3)) == 0 else members
+    some = st.lists(st.sampled_from(names), min_size=1, max_size=3, unique=True)
+    services: dict[str, Any] = {}
+    for name in draw(st.lists(st.sampled_from(CATALOGUE_NAMES), max_size=5, unique=True)):
+        public = CATALOGUE[name].kind == "public"
+        services[name] = {"from": "anywhere" if public and draw(st.booleans()) else draw(some)}
+        if not public and draw(st.integers(0, 5)) == 0:
+            services[name] = {"from": "anywhere", "expose": "on purpose"}
+    for name in draw(st.lists(st.sampled_from(sorted(OWN)), max_size=3, unique=True)):
+        ports = [f"tcp/{OWN[name]}"] + ([f"udp/{OWN[name]}"] if OWN[name] == 30000 else [])
+        services[name] = {"ports": ports, "from": draw(st.just("anywhere") | some)}
+    document: dict[str, Any] = {"version": 1, "groups": groups, "services": services}
+    if draw(st.booleans()):
+        document["block"] = {"from": draw(some)}
+        if draw(st.booleans()):
+            document["block"]["except"] = draw(st.just([]) | some)
+    if draw(st.booleans()):
+        document["trust"] = draw(some)
+    return document
+
+
+def resolved(document: dict[str, Any]) -> Resolved:
+    """A policy from its data, through text, as a file would give it."""
+    report = Report()
+    read = parse_document("policy.yaml", yaml.safe_dump(document, sort_keys=False), report)
+    assert read is not None
+    policy = validate(read, report)
+    assert policy is not None, report.findings
+    result = resolve(policy, read, report, today=date(2026, 1, 1))
+    assert not report.failed, (document, report.findings)
+    return result
+
+
+@st.composite
+def packets(draw: Callable[..., Any], policy: Resolved) -> Packet:
+    """A packet at or beside a border of the policy: of an address range, of a port range, of a protocol."""
+    version = draw(st.sampled_from((4, 6)))
+    borders = {b for g in policy.groups.values() for span in g.addresses.family(version) for b in (span[0] - 1, *span, span[1] + 1)}
+    loopback = {4: (0x7EFFFFFF, 0x7F000000, 0x7F000001, 0x7FFFFFFF, 0x80000000), 6: (0, 1, 2)}[version]
+    source = draw(st.sampled_from(sorted(b for b in borders | set(loopback) if 0 <= b <= LAST[version])) | values(version))
+    spans_ = [span for service in policy.services for p in service.ports for span in p.ranges] or [(22, 22)]
+    ports = sorted({p for low, high in spans_ for p in (low - 1, low, high, high + 1) if 0 <= p <= 65535})
+    protocol = draw(st.sampled_from((6, 6, 6, 17, 17, 17, 1, 58, 112, 47)))
+    return Packet(
+        version,
+        source,
+        protocol,
+        draw(st.sampled_from(ports) | st.integers(0, 65535)) if protocol in (PROTOCOLS["tcp"], PROTOCOLS["udp"]) else 0,
+        destination=draw(st.sampled_from((None, None, *loopback))),
+        icmp_type=draw(st.sampled_from((0, 1, 2, 3, 4, 5, 8, 11, 12, 128, 129, 133, 135, 136, 137, 143))),
+        interface=draw(st.sampled_from(("eth0", "eth0", "eth0", "lo"))),
+        state=draw(st.sampled_from(("new", "new", *STATES))),
+    )
+
+
+def verdict(ruleset: Ruleset, packet: Packet) -> str:
+    """What a ruleset does with one packet."""
+    atoms = cut([*sets_of(ruleset), (packet.version, ((packet.source, packet.source),))])
+    point = Point(
+        packet.protocol,
+        packet.port,
+        packet.icmp_type,
+        packet.state,
+        packet.interface,
+        None if packet.destination is None else (packet.version, packet.destination),
+        packet.source_port,
+    )
+    outcome = Program(ruleset, atoms).run(point)
+    one = atoms.masks[packet.version, ((packet.source, packet.source),)]
+    assert not outcome.uncertain & one, "nothing that fwc loads is unknown to fwc"
+    return "accept" if outcome.accepts() & one else "drop"
+
+
+def without_origins(ruleset: Ruleset) -> Ruleset:
+    """The ruleset with nothing in it that equality does not look at either."""
+    return replace(ruleset, sets=tuple(replace(s, origin=None) for s in ruleset.sets))
