@@ -61,7 +61,8 @@ def policy_page() -> Iterator[str]:
 
 def _title(model: type[BaseModel]) -> str:
     return {"Policy": "The file", "ListFile": "A list file as member", "AddressEntry": "An address as member"}.get(
-        model.__name__, {"ServiceEntry": "A service", "PolicyTest": "A test", "Group": "A group"}.get(model.__name__, f"`{model.__name__.lower()}`")
+        model.__name__,
+        {"ServiceEntry": "A service", "PolicyTest": "A test", "Group": "A group"}.get(model.__name__, f"`{model.__name__.lower()}`"),
     )
 
 
@@ -90,7 +91,7 @@ def _type(annotation: Any) -> str:
 def services_page() -> Iterator[str]:
     """The catalogue."""
     yield f"# Services\n\n{HEAD}"
-    yield "Only public services accept `from: anywhere`; for the others `expose: \"reason\"` overrides the refusal."
+    yield 'Only public services accept `from: anywhere`; for the others `expose: "reason"` overrides the refusal.'
     yield "Any other name becomes a service of your own with `ports:`.\n"
     yield "| service | ports | class | what it is |\n|---|---|---|---|"
     for service in CATALOGUE.values():

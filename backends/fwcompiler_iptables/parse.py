@@ -50,14 +50,14 @@ _FINALS = {"ACCEPT": Final.ACCEPT, "DROP": Final.DROP, "RETURN": Final.RETURN}
 _REJECT = {4: "icmp-port-unreachable", 6: "icmp6-port-unreachable"}
 _UNITS: dict[str, Literal["second", "minute", "hour", "day"]] = {"sec": "second", "min": "minute", "hour": "hour", "day": "day"}
 _DEFAULT_BURST = 5  # iptables-extensions(8), limit: not printed when it is the default
-_PROTOCOLS = {
+PROTOCOL_NAMES = {
     **PROTOCOL_NUMBER,
     **{"icmp": 1, "igmp": 2, "ipencap": 4, "st": 5, "egp": 8, "igp": 9, "dccp": 33, "ipv6": 41, "rsvp": 46, "gre": 47},
     **{"esp": 50, "ah": 51, "icmpv6": 58, "ipv6-icmp": 58, "eigrp": 88, "ospf": 89, "ospfigp": 89, "ipip": 94, "etherip": 97},
     **{"encap": 98, "pim": 103, "ipcomp": 108, "vrrp": 112, "l2tp": 115, "sctp": 132, "mobility-header": 135, "udplite": 136},
 }
 """Names that ``iptables-save`` takes from its own table or from /etc/protocols; other hosts print the number."""
-_TYPE_NAMES: dict[int, dict[str, int]] = {
+TYPE_NAMES: dict[int, dict[str, int]] = {
     4: {
         **{"echo-reply": 0, "pong": 0, "destination-unreachable": 3, "source-quench": 4, "redirect": 5, "echo-request": 8, "ping": 8},
         **{"router-advertisement": 9, "router-solicitation": 10, "time-exceeded": 11, "ttl-exceeded": 11, "parameter-problem": 12},
@@ -269,7 +269,7 @@ class _Reader:
         elif option in ("-i", "-o") and not value.endswith("+"):
             self.matches.append(Interface("in" if option == "-i" else "out", value, negated))
         elif option == "-p":
-            number = int(value) if value.isdigit() else _PROTOCOLS[value]
+            number = int(value) if value.isdigit() else PROTOCOL_NAMES[value]
             self.protocol = ProtocolIs(number, negated)
         else:
             raise _NotModelled
@@ -331,7 +331,7 @@ class _Reader:
         version = 4 if module == "icmp" else 6
         if kind in ("any", "255") and version == 4:
             return ProtocolIs(1)
-        number = _TYPE_NAMES[version][kind] if kind in _TYPE_NAMES[version] else int(kind)
+        number = TYPE_NAMES[version][kind] if kind in TYPE_NAMES[version] else int(kind)
         if version != self.version:
             raise _NotModelled
         return TypeIn(version, (number,))

@@ -18,6 +18,7 @@ from fwcompiler.ruleset import (
     Chain,
     Family,
     Final,
+    Foreign,
     Goto,
     InRanges,
     InSet,
@@ -30,8 +31,11 @@ from fwcompiler.ruleset import (
     Rule,
     Ruleset,
     StateIn,
+    Translate,
     TypeIn,
+    Undecided,
     Unknown,
+    Untrack,
 )
 
 BUILT_IN = {"input": "INPUT", "forward": "FORWARD", "output": "OUTPUT"}
@@ -186,8 +190,10 @@ def _target(rule: Rule, version: int) -> list[Option]:
             return [(_TARGET, "-j REJECT")]
         case Final.REJECT:
             return [(_TARGET, f"-j REJECT --reject-with {'icmp' if version == 4 else 'icmp6'}-port-unreachable")]
-        case final:
-            return [(_TARGET, f"-j {final.name}")]
+        case Final():
+            return [(_TARGET, f"-j {rule.verdict.name}")]
+        case Translate() | Untrack() | Undecided():
+            raise ValueError(f"cannot render {rule.verdict}")
 
 
 def _options(matches: Sequence[Match], version: int, slots: Mapping[str, str]) -> list[Option]:
@@ -222,6 +228,8 @@ def _options(matches: Sequence[Match], version: int, slots: Mapping[str, str]) -
                 options.append((_REST, text))
             case Family():
                 pass
+            case Foreign():
+                raise ValueError(f"cannot render {match}")
     return [*options, (_PROTOCOL, protocol)]
 
 
@@ -352,6 +360,8 @@ def _chain_faults(chain: Chain) -> Iterator[tuple[str, str]]:
 def _rule_faults(rule: Rule) -> Iterator[str]:
     for match in rule.matches:
         yield from _match_faults(match)
+    if isinstance(rule.verdict, Translate | Untrack | Undecided):
+        yield f"iptables cannot express {rule.verdict}"
     if len(rule.log_prefix) > 29:
         yield f"a log prefix has at most 29 characters, `{rule.log_prefix}` has more"
     if not (rule.log_prefix + rule.service).isprintable() or len(rule.service) > 255:
@@ -402,6 +412,8 @@ def _match_faults(match: Match) -> Iterator[str]:
                 yield "iptables cannot match an empty list of states"
         case Unknown(text):
             yield f"iptables cannot express {text}"
+        case Foreign():
+            yield f"iptables cannot express {match}"
         case _:
             yield from _number_faults(match)
 
