@@ -39,8 +39,7 @@ def apply(compiled: Compiled, plan: Plan, wanted: NormalForm, host: Host, *, pro
     pending = host.state.prepare(record)
     try:
         if plan.steps:
-            with host.namespace.entered():
-                runner.execute(plan.steps)
+            _execute(plan, host)
             _verify(compiled if proof else None, plan, host)
     except BaseException:
         host.state.discard(pending)
@@ -52,22 +51,36 @@ def apply(compiled: Compiled, plan: Plan, wanted: NormalForm, host: Host, *, pro
         refused.message += "; the previous ruleset was restored"
         raise
     if before is not None:
-        _take_out(before, host.namespace)
+        try:
+            _take_out(before, host.namespace)
+        except HostRefused as refused:
+            in_force = f"generation {generation.number} is in force, but the rules of {before.name} are still there"
+            refused.message = f"{in_force}: {refused.message}"
+            refused.hint = f"`fwc remove --backend {before.name}`"
+            raise
     return Applied(generation, not plan.in_sync)
 
 
+def _execute(plan: Plan, host: Host) -> None:
+    """Run the steps. One that fails behind the one that commits leaves the new rules: then the old ones come back."""
+    try:
+        with host.namespace.entered():
+            runner.execute(plan.steps)
+    except HostRefused as refused:
+        if make_plan(host.backend, observe(host), plan.live).in_sync:
+            raise
+        _return(plan, host)
+        said = refused.message.removesuffix(runner.UNCHANGED)
+        raise RolledBack(f"{said}; the previous ruleset was restored", refused.findings) from refused
+
+
 def _record(compiled: Compiled, wanted: NormalForm, backend: Backend, proven: bool) -> Record:
-    sources = {}
-    for name in compiled.files():
-        try:
-            sources[name] = Path(name).read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            continue
     empty = replace(compiled.ruleset, sets=tuple(replace(s, ranges=()) for s in compiled.ruleset.sets))
     rendered = backend.render(empty).files
     policy = str(Path(compiled.path).resolve())
     lists = list_sizes(compiled.resolved)
-    return Record(backend.name, policy, compiled.policy.name, sources, rendered, wanted.listing, wanted.ruleset, lists, proven)
+    texts = compiled.document.texts
+    return Record(backend.name, policy, compiled.policy.name, texts, rendered, wanted.listing, wanted.ruleset, lists, proven)
 
 
 def _verify(compiled: Compiled | None, plan: Plan, host: Host) -> None:
@@ -96,7 +109,11 @@ def _return(plan: Plan, host: Host) -> None:
         now = observe(host, {s.name: s.ranges for s in plan.wanted.sets})
     except HostRefused:
         now = replace(plan.wanted, others=("set unlisted",))
-    put_back(now, plan.live, host)
+    try:
+        put_back(now, plan.live, host)
+    except HostRefused as refused:
+        said = refused.message.removesuffix(runner.UNCHANGED)
+        raise HostRefused(f"THE NEW RULES ARE IN FORCE: putting back the old ones failed: {said}", hint="look at `fwc status`") from refused
 
 
 def put_back(now: Ruleset, before: Ruleset, host: Host) -> None:
@@ -108,6 +125,7 @@ def put_back(now: Ruleset, before: Ruleset, host: Host) -> None:
 
 def _take_out(backend: Backend, namespace: netns.Namespace) -> bool:
     """Remove what one backend has loaded; False where that was nothing."""
+    runner.require(backend.programs)
     with namespace.entered():
         live = backend.parse(runner.outputs(backend.listing()))
         if not live:

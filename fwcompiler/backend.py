@@ -113,5 +113,14 @@ class Backend(Protocol):
     def remove(self, live: Ruleset) -> Sequence[Step]:
         """Steps that take out everything of ours."""
 
+    def foreign(self, text: str, version: int, file: str) -> Ruleset:
+        """Anybody's rules, from a listing in this backend's form that somebody saved as `file`. Sets come with content.
+
+        `version`: the family, where the listing is of one and does not say which.
+
+        Raises:
+            ValueError: the text is no such listing.
+        """
+
     def counters(self, outputs: Sequence[str]) -> Mapping[str, tuple[int, int]]:
         """Packets and bytes by counter name, from the outputs of `listing`."""

@@ -238,21 +238,35 @@ def status(context: typer.Context) -> int:
 @app.command()
 def explain(
     context: typer.Context,
-    policy: PolicyFile,
     source: Annotated[str, typer.Option("--from", metavar="ADDR", help="Source address.")],
     to: Annotated[str, typer.Option("--to", help="Protocol and port: udp/5060.")],
     to_addr: Annotated[str | None, typer.Option("--to-addr", metavar="ADDR", help="Destination; default: an address of this host.")] = None,
     interface: Annotated[str, typer.Option("--in", metavar="NAME", help="Input interface.")] = "eth0",
     state: Annotated[str, typer.Option(help="new, established, related, invalid or untracked.")] = "new",
     live: Annotated[bool, typer.Option("--live", help="Ask the loaded ruleset, and say where it and the policy part.")] = False,
+    listing: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Ask a saved `nft -j list ruleset` or `iptables-save`, whoever wrote it.")
+    ] = None,
+    policy: Annotated[str | None, typer.Argument(metavar="POLICY", help="The policy file; none with --listing.")] = None,
 ) -> int:
     """Say what happens to one packet, and why, with the policy line."""
-    from fwcompiler.explain import explain_live, packet_from
+    from fwcompiler.explain import explain_listing, explain_live, packet_from
     from fwcompiler.proof.meaning import explain as decide
     from fwcompiler.report import explain_json
 
     options: Options = context.obj
     packet = packet_from(source, to, to_addr, interface, state)
+    if listing is not None:
+        if policy is not None or live:
+            raise UsageError("--listing asks a file and nothing else", hint="leave the policy and --live out")
+        asked = explain_listing(listing, packet)
+        if options.json:
+            _print_json(asked.as_json())
+        else:
+            print(asked.text())
+        return EXIT_OK
+    if policy is None:
+        raise UsageError("Missing argument 'POLICY'.", hint="or ask a saved listing with --listing FILE")
     explanation = decide(_compile(policy, options).resolved, packet)
     traced = None
     if live:
@@ -287,9 +301,9 @@ def verify(
         with _host(options) as host:
             verified = verify_live(compiled, host, full=full)
     if options.json:
-        _print_json(verify_json(verified.equal, verified.compared, verified.problems, verified.counter_examples))
+        _print_json(verify_json(verified.equal, verified.compared, verified.problems, verified.counter_examples, verified.sampled))
     elif not options.quiet or not verified.equal:
-        print(verify_text(verified.equal, verified.compared, verified.problems, verified.counter_examples))
+        print(verify_text(verified.equal, verified.compared, verified.problems, verified.counter_examples, verified.sampled))
     return EXIT_OK if verified.equal else EXIT_DIFFERS
 
 
@@ -334,8 +348,10 @@ def remove(
 
     options: Options = context.obj
     names = [_backend(options).name] if options.backend else list(installed())
-    backends = [b for b in map(load, names) if options.backend or all(find(p) for p in b.programs)]
     state = _state(options)
+    current = state.current()
+    in_force = {current.backend} if current else set()
+    backends = [b for b in map(load, names) if options.backend or b.name in in_force or all(find(p) for p in b.programs)]
     _must_ask(yes)
     with _target(options) as namespace, state.lock():
         _ask(yes, "take out all rules of fwc? what they protect is open then")

@@ -50,6 +50,7 @@ CODES: dict[str, str] = {
     "include-cycle": "a file that includes itself",
     "kernel": "the kernel refused the rules",
     "list-shrink": "a list that lost more than half of its addresses since the last apply",
+    "local-ports": "a restricted service on ports from which the host opens its own connections",
     "name": "a name that cannot be used for a set or a chain",
     "not-yet": "a key of the policy language that this version does not compile",
     "policy-test": "an entry of `tests` that the policy does not meet",
@@ -212,7 +213,8 @@ def _format(finding: Finding, cache: dict[str, list[str]], color: bool) -> Itera
 def _quote(at: Position, cache: dict[str, list[str]]) -> Iterator[str]:
     if at.file not in cache:
         try:
-            cache[at.file] = Path(at.file).read_text(encoding="utf-8", errors="replace").split("\n")
+            text = Path(at.file).read_bytes().decode("utf-8", errors="replace")
+            cache[at.file] = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
         except (OSError, ValueError):
             cache[at.file] = []
     lines = cache[at.file]

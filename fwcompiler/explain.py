@@ -6,18 +6,22 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast, get_args
 
 from fwcompiler.addresses import AddressError, parse_address
-from fwcompiler.diagnostics import UsageError, did_you_mean
+from fwcompiler.diagnostics import Report, UsageError, did_you_mean
+from fwcompiler.foreign import detect
 from fwcompiler.pipeline import Host, observe
 from fwcompiler.ports import PortError, parse_ports
-from fwcompiler.proof.describe import rule_text
+from fwcompiler.proof.ask import Answer, Candidate, ask
+from fwcompiler.proof.describe import packet_text, rule_text
 from fwcompiler.proof.fields import Packet, packet_to
 from fwcompiler.proof.meaning import Explanation
 from fwcompiler.proof.trace import Decision, trace
+from fwcompiler.registry import load
 from fwcompiler.report import explain_json
 from fwcompiler.ruleset import BUILT_IN, State
+from fwcompiler.source import read_file
 
 if TYPE_CHECKING:
-    from fwcompiler.shapes import LiveExplainShape
+    from fwcompiler.shapes import ListingExplainShape, LiveExplainShape
 
 
 def packet_from(source: str, to: str, to_addr: str | None, interface: str, state: str) -> Packet:
@@ -79,6 +83,73 @@ class Traced:
         if self.agrees:
             return line
         return f"{line}\nhere they part: the policy says {self.policy.verdict}, the loaded rules say {self.decision.verdict}"
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the rules in a saved listing do with a packet: yes, no, or may."""
+
+    packet: Packet
+    answer: Answer
+
+    def reason(self) -> str:
+        """The rule that decides, or what the answer depends on."""
+        if self.answer.verdict == "may":
+            return f"depends on {'; '.join(self.answer.depends)}" if self.answer.depends else "several ends are possible"
+        return "; ".join(_candidate(c) for c in self.answer.candidates) or "nothing stands in its way"
+
+    def at(self) -> str | None:
+        """Where the deciding rule stands in the listing; None where there are several, or a policy decides."""
+        found = [c.rule.origin for c in self.answer.candidates if c.rule and c.rule.origin]
+        return str(found[0]) if len(found) == 1 else None
+
+    def as_json(self) -> ListingExplainShape:
+        """The shape of `explain --listing --json`."""
+        return {
+            "verdict": self.answer.verdict,
+            "service": None,
+            "reason": self.reason(),
+            "at": self.at(),
+            "possible": sorted(self.answer.possible),
+            "depends": list(self.answer.depends),
+        }
+
+    def text(self) -> str:
+        """The answer, and the rules that decide or may decide."""
+        lines = [packet_text(self.packet), f"{self.answer.verdict}: {self.reason()}"]
+        if self.answer.verdict == "may":
+            lines += [f"  {'' if c.certain else 'perhaps '}{_candidate(c)}" for c in self.answer.candidates]
+        return "\n".join(lines)
+
+
+def _candidate(candidate: Candidate) -> str:
+    where = f" ({candidate.rule.origin})" if candidate.rule and candidate.rule.origin else ""
+    what = rule_text(candidate.rule) if candidate.rule else f"the policy: {candidate.verdict}"
+    return f"chain {candidate.chain}: {what}{where}"
+
+
+def explain_listing(file: str, packet: Packet) -> Asked:
+    """Ask a saved listing, whoever wrote its rules.
+
+    Raises:
+        UsageError: the file cannot be read, is no listing, or is one of the other address family.
+    """
+    report = Report()
+    text = read_file(file, report)
+    if text is None:
+        raise UsageError(report.findings[0].message)
+    form = detect(text)
+    if form == "nft-text":
+        raise UsageError(f"`{file}` is no listing that can be read", hint="save one with `nft -j list ruleset` or `iptables-save`")
+    head = text[:4000]
+    version = 6 if "ip6tables-save" in head else 4 if "iptables-save" in head else packet.version
+    if form == "iptables-save" and version != packet.version:
+        raise UsageError(f"`{file}` is of IPv{version}, the packet of IPv{packet.version}")
+    try:
+        ruleset = load("nftables" if form == "nft-json" else "iptables-nft").foreign(text, version, file)
+    except ValueError as error:
+        raise UsageError(f"`{file}` is no listing that can be read: {error}") from error
+    return Asked(packet, ask(ruleset, packet))
 
 
 def explain_live(host: Host, packet: Packet, explanation: Explanation) -> Traced:

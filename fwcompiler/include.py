@@ -73,9 +73,10 @@ def _get(document: Document, path: KeyPath) -> Any:
 
 def _add(base: Document, other: Document, settling: Document, report: Report) -> None:
     """Put an included document beside the ones before it."""
+    base.texts.update(other.texts)
     for path in _paths(other):
         present = _get(base, path)
-        if present is not None and present != _get(other, path) and _get(settling, path) is None:
+        if present is not None and not _same(base, other, path) and _get(settling, path) is None:
             first = base.locate(path, key=True)
             report.error(
                 "include-conflict",
@@ -87,10 +88,24 @@ def _add(base: Document, other: Document, settling: Document, report: Report) ->
     _append_tests(base, other)
 
 
+def _same(first: Document, second: Document, path: KeyPath) -> bool:
+    """Two definitions are the same if they say the same; a list file of one folder is not that of another."""
+    one, two = _get(first, path), _get(second, path)
+    folders = {os.path.realpath(Path(d.locate(path).file).parent) for d in (first, second)}
+    return bool(one == two) and (len(folders) == 1 or not _names_file(one))
+
+
+def _names_file(value: Any) -> bool:
+    if isinstance(value, dict):
+        return "file" in value or any(_names_file(v) for v in value.values())
+    return isinstance(value, list) and any(_names_file(v) for v in value)
+
+
 def _over(base: Document, top: Document) -> Document:
     """The including document laid over what it includes."""
     merged = Document(top.file, dict(base.data), dict(base.values), dict(base.keys))
     merged.values[()] = top.locate(())
+    merged.texts = {**base.texts, **top.texts}
     for path in _paths(top):
         _put(merged, top, path)
     if "include" in top.data:

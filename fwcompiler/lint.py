@@ -9,20 +9,30 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import permutations
 
-from fwcompiler.addresses import Addresses, range_text
-from fwcompiler.diagnostics import Report
+from fwcompiler.addresses import Addresses, intersect, range_text
+from fwcompiler.diagnostics import Position, Report
+from fwcompiler.ports import Ports
 from fwcompiler.resolve import Resolved, ResolvedGroup, ResolvedService
 
 MAX_NAMED = 3
 
 
-def lint(policy: Resolved, report: Report) -> None:
-    """Report everything that could be left out or was hardly meant, as warnings at its place."""
+EPHEMERAL = Ports("any", ((32768, 60999),))
+"""From where a host opens its own connections (ip-sysctl, ip_local_port_range)."""
+
+
+def lint(policy: Resolved, report: Report, where: str) -> None:
+    """Report everything that could be left out or was hardly meant, as warnings at its place; ``where``: the policy file."""
     _unused(policy, report)
+    if not policy.services and not policy.trust:
+        report.warn("covered", "the policy names no service: everything but ping will be dropped", Position(where, 1))
     for group in policy.groups.values():
         _covered_entries(group, report)
     for service in policy.services:
         _covered_groups(policy, service, report)
+        if service.early and any(intersect(p.ranges, EPHEMERAL.ranges) for p in service.ports):
+            hint = "answers to the host's own connections arrive on these ports, and are dropped unless the sender is named"
+            report.warn("local-ports", f"`{service.name}` lies in the range of ports that the host itself uses", service.at, hint)
         if service.expose and service.groups is None:
             report.warn("exposed", f"`{service.name}` is open to anywhere: {service.expose}", service.at)
     _trusted_anyway(policy, report)

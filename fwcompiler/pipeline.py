@@ -81,7 +81,7 @@ def compile_policy(path: str, *, tests: bool = True) -> Compiled:
     assert policy is not None
     resolved = resolve(policy, document, report, today=datetime.now(UTC).date())
     report.stop_on_error()
-    lint(resolved, report)
+    lint(resolved, report, path)
     if tests:
         run_tests(resolved, report)
     report.stop_on_error()
@@ -191,21 +191,41 @@ def applied(host: Host) -> Ruleset | None:
 
 
 def previous(host: Host) -> Backend | None:
-    """The backend of the generation in force, where it is another one and its rules are still loaded.
+    """Another backend whose rules of ours are loaded: that of the generation in force, or any, where none is known.
 
     Raises:
-        HostRefused: both are variants that share their sets in the kernel, so that one has to go first.
+        HostRefused: it cannot be asked, or both are variants that share their sets, so that one has to go first.
     """
     current = host.state.current()
-    if current is None or current.backend == host.backend.name or current.backend not in installed():
+    if current is not None and current.backend == host.backend.name:
         return None
-    other = load(current.backend)
-    with host.namespace.entered():
-        if not all(runner.find(p) for p in other.programs) or not other.parse(runner.outputs(other.listing())):
-            return None
-    if other.set_kind == host.backend.set_kind:
+    known = [current.backend] if current else [name for name in installed() if name != host.backend.name]
+    for name in known:
+        if name not in installed():
+            continue
+        other = load(name)
+        if current is None and not all(runner.find(p) for p in other.programs):
+            continue
+        if is_loaded(other, host.namespace):
+            return _may_follow(other, host.backend)
+    return None
+
+
+def is_loaded(backend: Backend, namespace: netns.Namespace) -> bool:
+    """True where a kernel holds rules of fwc in this backend's form.
+
+    Raises:
+        HostRefused: its programs are missing, or this user may not ask.
+    """
+    runner.require(backend.programs)
+    with namespace.entered():
+        return bool(backend.parse(runner.outputs(backend.listing())))
+
+
+def _may_follow(other: Backend, backend: Backend) -> Backend:
+    if other.set_kind == backend.set_kind:
         raise HostRefused(
-            f"rules of {other.name} are in force and share their sets with {host.backend.name}; nothing was changed",
+            f"rules of {other.name} are in force and share their sets with {backend.name}; nothing was changed",
             hint=f"`fwc remove --backend {other.name}` first, or go on with --backend {other.name}",
         )
     return other

@@ -137,8 +137,8 @@ class ServiceEntry(_Model):
     redirect: Literal["web-server", "closed", "responder"] | None = Field(
         default=None, description="http only: the web server redirects to HTTPS (default), or port 80 stays closed."
     )
-    expose: str | None = Field(
-        default=None, min_length=1, description="The reason why a service that is not public is open to anywhere; shown in every check."
+    expose: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)] | None = Field(
+        default=None, description="The reason why a service that is not public is open to anywhere; shown in every check."
     )
 
 

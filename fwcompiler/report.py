@@ -66,18 +66,23 @@ def explain_json(explanation: Explanation) -> ExplainShape:
     }
 
 
-def verify_json(equal: bool, compared: Sequence[str], problems: Sequence[str], examples: Sequence[CounterExample]) -> VerifyShape:
+def verify_json(
+    equal: bool, compared: Sequence[str], problems: Sequence[str], examples: Sequence[CounterExample], sampled: Sequence[str]
+) -> VerifyShape:
     """The shape of `verify --json`."""
     shapes: list[CounterExampleShape] = [
         {"packets": e.packets, "packet": packet_text(e.packet), "policy": e.policy, "kernel": e.kernel} for e in examples
     ]
-    return {"equal": equal, "compared": list(compared), "problems": list(problems), "counter_examples": shapes}
+    return {"equal": equal, "compared": list(compared), "problems": list(problems), "counter_examples": shapes, "sampled": list(sampled)}
 
 
-def verify_text(equal: bool, compared: Sequence[str], problems: Sequence[str], examples: Sequence[CounterExample]) -> str:
+def verify_text(
+    equal: bool, compared: Sequence[str], problems: Sequence[str], examples: Sequence[CounterExample], sampled: Sequence[str]
+) -> str:
     """What was proven, or what speaks against it with one packet for each."""
     if equal:
-        return f"proven for all packets: {', '.join(compared)} {'means' if len(compared) == 1 else 'mean'} what the policy says"
+        but = f"\nsets too big to read were sampled, --full reads them: {', '.join(sampled)}" if sampled else ""
+        return f"proven for all packets: {', '.join(compared)} {'means' if len(compared) == 1 else 'mean'} what the policy says{but}"
     lines = [*problems]
     for e in examples:
         lines += [f"{e.packets}", f"  the policy: {e.policy}", f"  the kernel: {e.kernel}", f"  for example {packet_text(e.packet)}"]

@@ -248,6 +248,8 @@ class _Stage:
         ports = self._ports(entry, path, name)
         groups = None if isinstance(entry.from_, str) else self.known_groups(entry.from_, (*path, "from"))
         kind: Class = known.kind if known else "public" if groups is None else "restricted"
+        if groups is None and kind == "public" and (known is None or entry.ports is not None):
+            kind = self._kind_of_ports(ports)
         if groups is None and kind != "public" and not entry.expose:
             where = self.document.locate((*path, "from"))
             hint = 'name the groups that need it; `expose: "reason"` overrides this and shows in every check'
@@ -258,6 +260,11 @@ class _Stage:
             return None
         early = groups is not None and not (known and known.asks)
         return ResolvedService(name, ports, kind, groups, at, early, entry.expose or "")
+
+    def _kind_of_ports(self, ports: tuple[Ports, ...]) -> Class:
+        """What a port is for does not change with the name it is given: 5038 stays the manager interface."""
+        hidden = (s.kind for s in CATALOGUE.values() if s.kind != "public" and any(overlap(a, b) for a in s.ports for b in ports))
+        return next(hidden, "public")
 
     def _is_closed(self, name: str, entry: ServiceEntry, path: KeyPath) -> bool:
         if entry.redirect is None:

@@ -45,6 +45,7 @@ SCHEMAS: dict[str, Callable[[], dict[str, Any]]] = {
     "status": _shape(shapes.StatusShape),
     "explain": _shape(shapes.ExplainShape),
     "explain-live": _shape(shapes.LiveExplainShape),
+    "explain-listing": _shape(shapes.ListingExplainShape),
     "verify": _shape(shapes.VerifyShape),
     "test": _shape(shapes.TestsShape),
     "lab": _shape(shapes.LabShape),

@@ -61,6 +61,17 @@ class LiveExplainShape(ExplainShape):
     policy: ExplainShape
 
 
+class ListingExplainShape(TypedDict):
+    """`explain --listing --json`: `may` where the answer `depends` on what the packet does not tell."""
+
+    verdict: Literal["accept", "drop", "reject", "may"]
+    service: str | None
+    reason: str
+    at: str | None
+    possible: list[str]
+    depends: list[str]
+
+
 class CounterExampleShape(TypedDict):
     """Packets that the kernel treats otherwise than the policy says; `packet` is one of them."""
 
@@ -77,6 +88,7 @@ class VerifyShape(TypedDict):
     compared: list[str]
     problems: list[str]
     counter_examples: list[CounterExampleShape]
+    sampled: list[str]
 
 
 TestShape = TypedDict(
@@ -123,6 +135,8 @@ class GenerationShape(TypedDict):
 class StatusShape(TypedDict):
     """`status --json`: `counters` by service and verdict, `drift` what an apply would put right.
 
+    `notes` names rules of others that let packets past ours, and rules of ours in another backend.
+
     `second_reading`: whether python-iptables reads the rules of a legacy host as fwc does: `agrees`, `differs: ...` with the first
     difference, or `not possible: ...` with the reason; None for other backends, and where python-iptables is not installed.
     """
@@ -133,6 +147,7 @@ class StatusShape(TypedDict):
     generation: GenerationShape | None
     counters: dict[str, dict[str, CountShape]]
     members: dict[str, list[MemberShape]]
+    notes: list[str]
     second_reading: str | None
 
 

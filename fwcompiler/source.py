@@ -27,6 +27,7 @@ KeyPath = tuple[Key, ...]
 
 _NOT_TEXT = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """Characters that YAML does not allow (YAML 1.2.2, section 5.1)."""
+LINE_END = re.compile("\r\n|\r|\n")
 _INT = re.compile(r"[-+]?(0|[1-9][0-9]*)$")
 _FLOAT = re.compile(r"[-+]?[0-9]+\.[0-9]+$")
 _OCTAL = re.compile(r"[-+]?0[0-9]+$")
@@ -38,12 +39,16 @@ _YAML11 = frozenset(("yes", "no", "on", "off", "y", "n"))
 
 @dataclass
 class Document:
-    """One YAML file: ``data`` of dicts, lists, strings, numbers; positions by path of keys and indices."""
+    """One YAML file: ``data`` of dicts, lists, strings, numbers; positions by path of keys and indices.
+
+    ``texts``: by file, what was read, which is not what stands there later.
+    """
 
     file: str
     data: Any = None
     values: dict[KeyPath, Position] = field(default_factory=dict)
     keys: dict[KeyPath, Position] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
 
     def locate(self, path: KeyPath, *, key: bool = False) -> Position:
         """Place of a value, or of its key; parts of the path that the file does not have are passed over."""
@@ -88,6 +93,7 @@ def parse_document(file: str, text: str, report: Report) -> Document | None:
     """Parse YAML text that came from ``file``; None after errors were reported."""
     before = len(report.findings)
     builder = _Builder(file, report)
+    builder.document.texts[file] = text
     try:
         for event in yaml.parse(text, Loader=yaml.CSafeLoader):
             builder.take(event)
@@ -273,7 +279,7 @@ class _Builder:
 
 def list_lines(text: str) -> Iterator[tuple[int, str]]:
     """Numbered lines of a list file without comments (``#`` or ``;``), blanks and carriage returns."""
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(LINE_END.split(text), 1):
         stripped = line.strip()
         if not stripped or stripped[0] in "#;":
             continue

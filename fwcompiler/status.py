@@ -10,8 +10,9 @@ from fwcompiler import second_reading
 from fwcompiler.addresses import address_text
 from fwcompiler.kernel import runner
 from fwcompiler.kernel import second_reading as kernel_reading
-from fwcompiler.pipeline import Host, applied, observe
+from fwcompiler.pipeline import Host, applied, is_loaded, observe
 from fwcompiler.plan import make_plan
+from fwcompiler.registry import installed, load
 from fwcompiler.report import counters_json
 from fwcompiler.ruleset import Ruleset
 from fwcompiler.tables import table_text
@@ -40,6 +41,7 @@ def read_status(host: Host) -> StatusShape:
         "generation": None if current is None else cast("GenerationShape", asdict(current)),
         "counters": counters_json(backend.counters(listing)),
         "members": _members(live),
+        "notes": [*live.bypass, *_elsewhere(host)],
         "second_reading": _second_reading(host, listing),
     }
 
@@ -72,6 +74,16 @@ def _second_reading(host: Host, listing: Sequence[str]) -> str | None:
         if ours == before:
             return f"differs: {difference}"
     return "not possible: the rules change while they are read"
+
+
+def _elsewhere(host: Host) -> Iterator[str]:
+    """Rules of fwc that another backend holds: whoever drops first decides."""
+    for name in installed():
+        if name == host.backend.name:
+            continue
+        other = load(name)
+        if all(runner.find(p) for p in other.programs) and is_loaded(other, host.namespace):
+            yield f"rules of fwc are also loaded through {name}: `fwc remove --backend {name}` takes them out"
 
 
 def _members(live: Ruleset) -> dict[str, list[MemberShape]]:
@@ -115,6 +127,7 @@ def status_text(found: StatusShape, *, color: bool = False) -> str:
     if found["drift"]:
         lines.append("what differs, as an apply would change it:")
         lines += [f"  {line}" for line in found["drift"][:40]]
+    lines += [f"note: {note}" for note in found["notes"]]
     if found["counters"]:
         lines.append(table_text(("service", "accepted", "dropped"), _rows(found), right=(1, 2), color=color))
     for group, members in found["members"].items():

@@ -8,6 +8,7 @@ from itertools import pairwise
 from fwcompiler.backend import Backend
 from fwcompiler.diagnostics import HostRefused
 from fwcompiler.kernel import runner
+from fwcompiler.kernel.observe import READ_WHOLE
 from fwcompiler.pipeline import Compiled, Host, disproof, normal_form, observe
 from fwcompiler.proof.compose import from_ruleset
 from fwcompiler.proof.describe import CounterExample, box_text
@@ -20,11 +21,15 @@ MAX_SHOWN = 20
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """What was compared, and what speaks against equality: in words, and as packets."""
+    """What was compared, and what speaks against equality: in words, and as packets.
+
+    `sampled` names sets so big that their content was compared by samples and by the record of the last apply.
+    """
 
     compared: tuple[str, ...]
     problems: tuple[str, ...] = ()
     counter_examples: tuple[CounterExample, ...] = ()
+    sampled: tuple[str, ...] = ()
 
     @property
     def equal(self) -> bool:
@@ -37,7 +42,9 @@ def verify_live(compiled: Compiled, host: Host, *, full: bool = False) -> Verifi
     live = observe(host, {} if full else None)
     if not live:
         return Verified((host.backend.name,), (f"{host.backend.name}: nothing of fwc is loaded",))
-    return Verified((host.backend.name,), tuple(_strange(live)), disproof(compiled, live))
+    big = host.backend.set_kind == "nft" and not full
+    sampled = tuple(s.name for s in live.sets if big and len(s.ranges) > READ_WHOLE)
+    return Verified((host.backend.name,), tuple(_strange(live)), disproof(compiled, live), sampled)
 
 
 def _strange(live: Ruleset) -> list[str]:
@@ -45,7 +52,7 @@ def _strange(live: Ruleset) -> list[str]:
     elsewhere = [
         f"chain {c.name} hangs at the hook {c.hook.name}" for c in live.chains if c.hook and c.hook.name not in ("input", "prerouting")
     ]
-    return [*(f"fwc never makes this: {what}" for what in live.others), *elsewhere]
+    return [*(f"fwc never makes this: {what}" for what in live.others), *live.bypass, *elsewhere]
 
 
 def verify_backends(compiled: Compiled) -> Verified:

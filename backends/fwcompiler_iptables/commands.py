@@ -16,6 +16,7 @@ from fwcompiler.backend import Command, Do, Fill, Rendered, SetChange, SetKind, 
 from fwcompiler.diagnostics import Finding
 from fwcompiler.ruleset import AddressSet, InSet, Rule, Ruleset
 from fwcompiler_iptables import render
+from fwcompiler_iptables.foreign import read_save
 from fwcompiler_iptables.parse import ALONE, parse_listing
 from fwcompiler_iptables.render import BUILT_IN, Lines, Tables, chain_name, create_words, member_lines, set_name, specs, tables
 
@@ -70,6 +71,10 @@ class Iptables:
                     packets, octets = sums.get(rule.counter, (0, 0))
                     sums[rule.counter] = packets + rule.count[0], octets + rule.count[1]
         return sums
+
+    def foreign(self, text: str, version: int, file: str) -> Ruleset:
+        """See `fwcompiler_iptables.foreign`."""
+        return read_save(text, version, None, file)
 
     def update(self, live: Ruleset, wanted: Ruleset, changes: Sequence[SetChange]) -> Sequence[Step]:
         """Only what differs; see the module's head for how rules and contents change together.

@@ -100,7 +100,23 @@ def parse_listing(saves: Sequence[str], sets: str) -> Ruleset:
             if name in _HOOKS and table.alone:
                 rule = replace(rule, origin=Position(ALONE, table.version))
             rules.setdefault(name, []).append(rule)
-    return Ruleset(tuple(_chains(rules)), tuple(sorted(known.values(), key=lambda s: s.name)), tuple(sorted(others)))
+    sets_of_ours = tuple(sorted(known.values(), key=lambda s: s.name))
+    bypass = tuple(line for table, save in zip(found, saves, strict=True) if table.chains for line in _before_ours(save, table.version))
+    return Ruleset(tuple(_chains(rules)), sets_of_ours, tuple(sorted(others)), bypass)
+
+
+def _before_ours(save: str, version: int) -> Iterator[str]:
+    """Rules that accept packets before they come to our jump, as they are printed."""
+    table = ""
+    for line in save.splitlines():
+        table = line[1:].strip() if line.startswith("*") else table
+        rule = re.sub(r"^\[\d+:\d+\] ", "", line)
+        if table != "filter" or not rule.startswith("-A INPUT "):
+            continue
+        if f" {CHAIN_PREFIX}" in rule:
+            return
+        if re.search(r" -[jg] ACCEPT\b", rule):
+            yield f"IPv{version}, before our jump: {rule}"
 
 
 def _chains(rules: Mapping[str, Sequence[Rule]]) -> Iterator[Chain]:

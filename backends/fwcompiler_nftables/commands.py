@@ -14,6 +14,7 @@ from typing import Literal
 from fwcompiler.backend import Command, Fill, Rendered, SetChange, Step
 from fwcompiler.diagnostics import Finding, Position
 from fwcompiler.ruleset import AddressSet, Chain, Foreign, InSet, Rule, Ruleset, Translate, Undecided, Unknown, Untrack
+from fwcompiler_nftables.foreign import read_nft
 from fwcompiler_nftables.parse import STRAY, parse_listing, read_counters
 from fwcompiler_nftables.render import TABLE, Line, elements, hook_spec, member_text, rule_lines, set_spec, table_text
 
@@ -64,6 +65,10 @@ class Nftables:
     def counters(self, outputs: Sequence[str]) -> Mapping[str, tuple[int, int]]:
         """The named counters of the table."""
         return read_counters(outputs[0])
+
+    def foreign(self, text: str, version: int, file: str) -> Ruleset:  # noqa: ARG002 - nft lists both families
+        """See `fwcompiler_nftables.foreign`."""
+        return read_nft(text, file)
 
     def update(self, live: Ruleset, wanted: Ruleset, changes: Sequence[SetChange]) -> Sequence[Step]:
         """Only what differs; see the module's head for how rules and contents change together."""

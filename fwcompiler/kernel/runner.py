@@ -17,6 +17,7 @@ from fwcompiler.backend import Command, Do, Fill, SetKind, Step
 from fwcompiler.diagnostics import Finding, HostRefused, Position, Unavailable
 from fwcompiler.kernel import ipset, nftset
 
+UNCHANGED = "; nothing was changed"
 PACKAGES = {"nft": "nftables", "ipset": "ipset"}
 
 # How the programs say that there is nothing of ours: nft, iptables-save, ipset.
@@ -164,7 +165,7 @@ def _undo(undo: Sequence[Do], error: BaseException) -> None:
         except HostRefused as second:
             failed.append(second.message)
     if isinstance(error, HostRefused):
-        error.message += f"; putting back failed too: {'; '.join(failed)}" if failed else "; nothing was changed"
+        error.message += f"; putting back failed too: {'; '.join(failed)}" if failed else UNCHANGED
 
 
 def _do(do: Do) -> None:

@@ -27,6 +27,7 @@ from fwcompiler.proof.trace import Decision, trace
 from fwcompiler.resolve import Resolved
 from fwcompiler.ruleset import (
     STATES,
+    AnyOf,
     Family,
     Final,
     Foreign,
@@ -34,11 +35,14 @@ from fwcompiler.ruleset import (
     InRanges,
     InSet,
     Interface,
+    InterfaceIn,
     Jump,
     Limit,
     Match,
     Opaque,
     PortIn,
+    PortsIn,
+    ProtocolIn,
     ProtocolIs,
     Rule,
     Ruleset,
@@ -193,6 +197,20 @@ def _verdict(verdict: Verdict) -> str:
             return "goes on"
 
 
+def _foreign_text(match: Foreign) -> str:
+    match match:
+        case ProtocolIn(spans, _):
+            return f"protocol {_numbers(spans)}"
+        case PortsIn(side, _, spans, _):
+            return f"{'from ' if side == 'source' else ''}port {_numbers(spans)}"
+        case InterfaceIn(way, names, _):
+            return f"{way} {' or '.join(names)}"
+        case AnyOf(alternatives, _):
+            return " or ".join("(" + ", ".join(match_text(m) for m in each) + ")" for each in alternatives)
+        case _:
+            return str(match)
+
+
 def match_text(match: Match) -> str:
     """A match in words."""
     no = "not " if getattr(match, "negated", False) else ""
@@ -218,4 +236,4 @@ def match_text(match: Match) -> str:
         case Unknown(text) | Opaque(text):
             return f"{no}{text}"
         case Foreign():
-            return str(match)
+            return no + _foreign_text(match)

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fwcompiler.addresses import LAST, Range, Ranges
+from fwcompiler.addresses import LAST, Range, Ranges, is_merged, merged
 from fwcompiler.ports import PROTOCOLS
 from fwcompiler.ruleset import STATES
 
 INTERFACE, STATE, PROTOCOL, PORT, SOURCE_PORT, TYPE, DESTINATION, SOURCE = range(8)
 NAMES = ("interface", "state", "protocol", "port", "source port", "ICMP type", "destination", "source")
-"""The fields in the order in which diagrams decide them: sources last, where 100,000 networks are one look."""
+"""What the fields are called; the order in which diagrams decide them is `prove`'s choice."""
 FIRST_ATOM = len(NAMES)
 
 _LAST = {PROTOCOL: 255, PORT: 65535, SOURCE_PORT: 65535, TYPE: 255}
@@ -73,8 +73,6 @@ class Space:
 
     def ranges(self, number: int, mask: int) -> Ranges:
         """The numbers a mask stands for, as merged ranges."""
-        from fwcompiler.addresses import merged
-
         return merged(span for i, part in enumerate(self.classes[number]) if mask >> i & 1 for span in part)
 
     def names(self, number: int, mask: int) -> tuple[str, ...]:
@@ -111,7 +109,7 @@ def cut(last: int, sets: Sequence[Ranges]) -> tuple[list[Ranges], Mapping[Ranges
     borders: list[Range] = []
     for i, ranges in enumerate(sets):
         bit = 1 << i
-        for low, high in ranges:
+        for low, high in ranges if is_merged(ranges) else merged(ranges):
             borders.append((low, bit))
             borders.append((high + 1, bit))
     borders.sort()

@@ -375,6 +375,8 @@ class TestDifference:
 
         def misread(_: object, outputs: tuple[str, ...]) -> Ruleset:
             found = parse(legacy, outputs)
+            if not found.chains:
+                return found
             chain = found.chain("input")
             wrong = replace(chain, rules=tuple(replace(rule, verdict=Final.ACCEPT) for rule in chain.rules))
             return replace(found, chains=tuple(wrong if each is chain else each for each in found.chains))
