@@ -88,7 +88,7 @@ def documents(draw: Callable[..., Any]) -> dict[str, Any]:
             services[name] = {"from": "anywhere", "expose": "on purpose"}
     for name in draw(st.lists(st.sampled_from(sorted(OWN)), max_size=3, unique=True)):
         ports = [f"tcp/{OWN[name]}"] + ([f"udp/{OWN[name]}"] if OWN[name] == 30000 else [])
-        services[name] = {"ports": ports, "from": draw(st.just("anywhere") | some)}
+        services[name] = {"ports": ports, "from": draw(st.just("anywhere") | some), "expose": "on purpose"}
     document: dict[str, Any] = {"version": 1, "groups": groups, "services": services}
     if draw(st.booleans()):
         document["block"] = {"from": draw(some)}
