@@ -1,0 +1,112 @@
+"""Commands that change a host, and those that show what would change: diff, apply, remove."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from fwcompiler.commands.app import (
+    NoProof,
+    Options,
+    PolicyFile,
+    app,
+    ask,
+    chosen_backend,
+    chosen_host,
+    compiled_policy,
+    must_ask,
+    print_json,
+    proof_wanted,
+    show_plan,
+    state_dir,
+    target_namespace,
+)
+from fwcompiler.diagnostics import EXIT_DIFFERS, EXIT_OK
+
+
+@app.command()
+def diff(
+    context: typer.Context,
+    policy: PolicyFile,
+    against: Annotated[str, typer.Option(help="What to compare with: `live`, `applied`, or the file of another policy.")] = "live",
+    no_proof: NoProof = False,
+) -> int:
+    """Show what an apply would change: access gained and lost, then the kernel changes."""
+    from fwcompiler.pipeline import compare_with, plan
+
+    options: Options = context.obj
+    compiled = compiled_policy(policy, options)
+    with chosen_host(options) as host:
+        proof = proof_wanted(no_proof)
+        planned = plan(compiled, host, proof=proof)[0] if against == "live" else compare_with(compiled, host, against, proof=proof)
+    if against != "live" and planned.in_sync and not options.json:
+        print(f"no difference to {against}")
+        return EXIT_OK
+    show_plan(planned, compiled, options)
+    return EXIT_OK if planned.in_sync else EXIT_DIFFERS
+
+
+@app.command()
+def apply(
+    context: typer.Context,
+    policy: PolicyFile,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change, change nothing.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    no_proof: NoProof = False,
+) -> int:
+    """Put a policy into force: check, try, show the difference, commit in one transaction, read back."""
+    from fwcompiler import apply as stage
+    from fwcompiler.pipeline import plan
+
+    options: Options = context.obj
+    compiled = compiled_policy(policy, options)
+    proof = proof_wanted(no_proof)
+    with chosen_host(options) as host:
+        if dry_run:
+            planned, _ = plan(compiled, host, proof=proof)
+            show_plan(planned, compiled, options)
+            return EXIT_OK if planned.in_sync else EXIT_DIFFERS
+        must_ask(yes)
+        with host.state.lock():
+            planned, wanted = plan(compiled, host, proof=proof)
+            if not planned.in_sync:
+                if not options.json:
+                    show_plan(planned, compiled, options)
+                ask(yes, "apply this?")
+            applied = stage.apply(compiled, planned, wanted, host, proof=proof)
+    if options.json:
+        from fwcompiler.report import diff_json
+
+        print_json({**diff_json(planned), "applied": applied.changed, "generation": applied.generation.number})
+    elif not options.quiet:
+        what = "applied" if applied.changed else "in sync"
+        print(f"{what}: generation {applied.generation.number} ({host.backend.name})")
+    return EXIT_OK
+
+
+@app.command()
+def remove(
+    context: typer.Context,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> int:
+    """Take out everything that is fwc's, and nothing else."""
+    from fwcompiler import apply as stage
+    from fwcompiler.kernel.runner import find
+    from fwcompiler.registry import installed, load
+
+    options: Options = context.obj
+    names = [chosen_backend(options).name] if options.backend else list(installed())
+    state = state_dir(options)
+    current = state.current()
+    in_force = {current.backend} if current else set()
+    backends = [b for b in map(load, names) if options.backend or b.name in in_force or all(find(p) for p in b.programs)]
+    must_ask(yes)
+    with target_namespace(options) as namespace, state.lock():
+        ask(yes, "take out all rules of fwc? what they protect is open then")
+        removed = list(stage.remove(backends, namespace, state))
+    if options.json:
+        print_json({"removed": removed})
+    elif not options.quiet:
+        print(f"removed: {', '.join(removed)}" if removed else "there was nothing of fwc")
+    return EXIT_OK

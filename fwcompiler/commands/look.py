@@ -1,0 +1,139 @@
+"""Commands that only look: status, explain, verify, lab, backends."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fwcompiler.commands.app import Options, PolicyFile, app, chosen_backend, chosen_host, compiled_policy, print_json
+from fwcompiler.diagnostics import EXIT_DIFFERS, EXIT_OK, Finding, UsageError, format_findings
+
+if TYPE_CHECKING:
+    from fwcompiler.shapes import BackendShape
+
+
+@app.command()
+def status(context: typer.Context) -> int:
+    """Tell whether the host still holds what was applied, and what passed through it."""
+    from fwcompiler.status import read_status, status_text
+
+    options: Options = context.obj
+    with chosen_host(options) as host:
+        found = read_status(host)
+    if options.json:
+        print_json(found)
+    else:
+        print(status_text(found, color=options.color_out))
+    return EXIT_OK
+
+
+@app.command()
+def explain(
+    context: typer.Context,
+    source: Annotated[str, typer.Option("--from", metavar="ADDR", help="Source address.")],
+    to: Annotated[str, typer.Option("--to", help="Protocol and port: udp/5060.")],
+    to_addr: Annotated[str | None, typer.Option("--to-addr", metavar="ADDR", help="Destination; default: an address of this host.")] = None,
+    interface: Annotated[str, typer.Option("--in", metavar="NAME", help="Input interface.")] = "eth0",
+    state: Annotated[str, typer.Option(help="new, established, related, invalid or untracked.")] = "new",
+    live: Annotated[bool, typer.Option("--live", help="Ask the loaded ruleset, and say where it and the policy part.")] = False,
+    listing: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Ask a saved `nft -j list ruleset` or `iptables-save`, whoever wrote it.")
+    ] = None,
+    policy: Annotated[str | None, typer.Argument(metavar="POLICY", help="The policy file; none with --listing.")] = None,
+) -> int:
+    """Say what happens to one packet, and why, with the policy line."""
+    from fwcompiler.explain import explain_listing, explain_live, packet_from
+    from fwcompiler.proof.meaning import explain as decide
+    from fwcompiler.report import explain_json
+
+    options: Options = context.obj
+    packet = packet_from(source, to, to_addr, interface, state)
+    if listing is not None:
+        if policy is not None or live:
+            raise UsageError("--listing asks a file and nothing else", hint="leave the policy and --live out")
+        asked = explain_listing(listing, packet)
+        if options.json:
+            print_json(asked.as_json())
+        else:
+            print(asked.text())
+        return EXIT_OK
+    if policy is None:
+        raise UsageError("Missing argument 'POLICY'.", hint="or ask a saved listing with --listing FILE")
+    explanation = decide(compiled_policy(policy, options).resolved, packet)
+    traced = None
+    if live:
+        with chosen_host(options) as host:
+            traced = explain_live(host, packet, explanation)
+    if options.json:
+        print_json(traced.as_json() if traced else explain_json(explanation))
+        return EXIT_OK
+    print("\n".join(explanation.steps))
+    if explanation.at:
+        print(format_findings([Finding("value", "decided here", explanation.at, severity="note")]).replace("note[value]: ", ""))
+    if traced:
+        print(traced.text())
+    return EXIT_OK
+
+
+@app.command()
+def verify(
+    context: typer.Context,
+    policy: PolicyFile,
+    full: Annotated[bool, typer.Option("--full", help="Read every set whole, whatever its size.")] = False,
+) -> int:
+    """Prove that the live rules mean what the policy says; with `--backend all`, that all backends would load the same."""
+    from fwcompiler.report import verify_json, verify_text
+    from fwcompiler.verify import verify_backends, verify_live
+
+    options: Options = context.obj
+    compiled = compiled_policy(policy, options)
+    if options.backend == "all":
+        verified = verify_backends(compiled)
+    else:
+        with chosen_host(options) as host:
+            verified = verify_live(compiled, host, full=full)
+    if options.json:
+        print_json(verify_json(verified.equal, verified.compared, verified.problems, verified.counter_examples, verified.sampled))
+    elif not options.quiet or not verified.equal:
+        print(verify_text(verified.equal, verified.compared, verified.problems, verified.counter_examples, verified.sampled))
+    return EXIT_OK if verified.equal else EXIT_DIFFERS
+
+
+@app.command()
+def lab(context: typer.Context, policy: PolicyFile) -> int:
+    """Try a policy with real packets in a throw-away network of namespaces."""
+    from fwcompiler.lab import lab_text, run_lab
+
+    options: Options = context.obj
+    result = run_lab(compiled_policy(policy, options), chosen_backend(options))
+    if options.json:
+        print_json(result.as_json())
+    else:
+        print(lab_text(result, color=options.color_out))
+    return EXIT_OK if result.agrees else EXIT_DIFFERS
+
+
+@app.command()
+def backends(context: typer.Context) -> int:
+    """List the installed backends, where they come from, and whether their programs are here."""
+    from fwcompiler.kernel.runner import find
+    from fwcompiler.registry import installed, load, origin
+
+    options: Options = context.obj
+    rows: list[BackendShape] = []
+    for name, point in installed().items():
+        try:
+            missing = [p for p in load(name).programs if find(p) is None]
+            rows.append({"name": name, "from": origin(point), "usable": not missing, "missing": missing, "error": None})
+        except UsageError as broken:
+            rows.append({"name": name, "from": origin(point), "usable": False, "missing": [], "error": broken.message})
+    if options.json:
+        print_json({"backends": rows})
+        return EXIT_OK
+    from fwcompiler.tables import table_text
+
+    states = ["usable" if r["usable"] else r["error"] or f"missing: {', '.join(r['missing'])}" for r in rows]
+    lines = [(r["name"], state, r["from"]) for r, state in zip(rows, states, strict=True)]
+    print(table_text(("backend", "state", "from"), lines, color=options.color_out))
+    return EXIT_OK
