@@ -29,7 +29,6 @@ NOT_YET: dict[str, str] = {
     "notrack": "traffic past connection tracking",
     "dscp": "DSCP marks",
     "on": "services bound to a role",
-    "rtp_conf": "ports read from rtp.conf",
 }
 """Keys of the language that this version does not compile yet. They are refused, never ignored."""
 
@@ -133,6 +132,9 @@ class ServiceEntry(_Model):
     from_: From = Field(alias="from", description="`anywhere`, or the groups that may reach it.")
     ports: PortsForm | None = Field(
         default=None, description="Ports, for services of one's own and in place of the catalogue's: `[tcp/9100, udp/4000-4999]`."
+    )
+    rtp_conf: Annotated[str, StringConstraints(min_length=1)] | None = Field(
+        default=None, description="rtp only: take the ports from this `rtp.conf` of Asterisk, a path relative to the policy file."
     )
     redirect: Literal["web-server", "closed", "responder"] | None = Field(
         default=None, description="http only: the web server redirects to HTTPS (default), or port 80 stays closed."

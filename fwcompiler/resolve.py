@@ -11,15 +11,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date
 from itertools import combinations
+from pathlib import Path
 
 from fwcompiler.addresses import EVERYONE, LOOPBACK, NOBODY, AddressError, Addresses, parse_entry
+from fwcompiler.asterisk import Disk, Problem, read_configuration, rtp_ports
 from fwcompiler.catalogue import CATALOGUE, Class
 from fwcompiler.diagnostics import Position, Report, did_you_mean
 from fwcompiler.lists import AddressList, read_list
 from fwcompiler.policy import AddressEntry, Group, ListFile, Member, Policy, PolicyTest, ServiceEntry
 from fwcompiler.ports import WITH_PORTS, PortError, Ports, joined, overlap, parse_port_range, parse_ports
 from fwcompiler.ruleset import BUILT_IN
-from fwcompiler.source import Document, KeyPath
+from fwcompiler.source import Document, KeyPath, read_file
 
 RESERVED = BUILT_IN | {"anywhere", "input", "forward", "output"}
 """Names fwc gives to its own chains, sets and counters."""
@@ -278,6 +280,8 @@ class _Stage:
 
     def _ports(self, entry: ServiceEntry, path: KeyPath, name: str) -> tuple[Ports, ...]:
         known = CATALOGUE.get(name)
+        if entry.rtp_conf is not None:
+            return self._rtp_conf(entry, entry.rtp_conf, path, name)
         if entry.ports is None:
             if known is None:
                 hint = did_you_mean(name, CATALOGUE) or "ports: [tcp/9100] makes it a service of your own"
@@ -293,6 +297,30 @@ class _Stage:
             except PortError as error:
                 self.report.error(error.code, error.message, at, error.hint)
         return joined(found)
+
+    def _rtp_conf(self, entry: ServiceEntry, file: str, path: KeyPath, name: str) -> tuple[Ports, ...]:
+        """The ports that an rtp.conf gives to Asterisk; what Asterisk would put right by itself is an error here."""
+        at = self.document.locate((*path, "rtp_conf"))
+        key = self.document.locate((*path, "rtp_conf"), key=True)
+        if name != "rtp":
+            self.report.error("value", "`rtp_conf` belongs to the service `rtp` only", key)
+            return ()
+        if entry.ports is not None:
+            self.report.error("value", "`rtp` has both `ports` and `rtp_conf`", key, "keep one of them")
+            return ()
+        where = str(Path(at.file).parent / file)
+        if read_file(where, self.report, at) is None:
+            return ()
+        configuration = read_configuration(where, str(Path(where).parent), Disk())
+        assert configuration is not None
+        refused = [Problem("file-format", note.message, note.at, "") for note in configuration.notes if note.refused]
+        found = rtp_ports(configuration)
+        for problem in refused or found.problems:
+            self.report.error(problem.code, problem.message, problem.at, problem.hint)
+        for note in configuration.notes:
+            if not note.refused:
+                self.report.warn("file-format", note.message, note.at)
+        return (Ports("udp", ((found.first, found.last),)),)
 
     def _port_item(self, text: str, standard: tuple[Ports, ...]) -> list[Ports]:
         """`udp/5080`, or `5080` alone where the catalogue knows the protocol."""
