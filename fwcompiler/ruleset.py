@@ -16,6 +16,7 @@ from fwcompiler.diagnostics import Position
 
 Side = Literal["source", "destination"]
 HookName = Literal["prerouting", "input", "forward", "output", "postrouting"]
+HookKind = Literal["filter", "nat", "route"]
 State = Literal["new", "established", "related", "invalid", "untracked"]
 BUILT_IN = frozenset(("block", "trust", "established", "invalid", "icmp", "loopback", "other"))
 """Labels of rules that stand for no service of the policy; they are counted all the same."""
@@ -216,8 +217,8 @@ class Undecided:
 
 
 Verdict = Final | Goto | Jump | Translate | Untrack | Undecided | None
-"""None: the rule only counts or logs, the packet goes on to the next rule. `Translate`, `Untrack` and `Undecided` stand in
-rulesets of others only."""
+"""None: the rule only counts or logs, the packet goes on to the next rule. `Translate` and `Undecided` stand in rulesets of
+others only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +260,7 @@ class Hook:
     name: HookName
     priority: int = 0
     policy: Literal["accept", "drop"] = "drop"
-    kind: Literal["filter", "nat", "route"] = "filter"
+    kind: HookKind = "filter"
     version: int | None = None
 
 

@@ -5,6 +5,7 @@ backend; the other one from the kernel's own structures, through libiptc, as `fw
 them. Names that rules have in the kernel are translated here a second time, by hand:
 
 - chain ``FWC-s.NAME`` is ``service.NAME``, any other ``FWC-NAME`` is ``NAME``;
+- a chain of another table than ``filter`` is ``TABLE/CHAIN``;
 - set ``fwc-NAME4`` is ``NAME.v4``, ``fwc-NAME~4`` is ``NAME.dynamic.v4``; a ``b`` behind it tells a twin apart.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from ipaddress import ip_address
 from typing import Any, Literal, cast, get_args
 
@@ -25,6 +27,7 @@ from fwcompiler.ruleset import (
     Foreign,
     Goto,
     Hook,
+    HookName,
     InRanges,
     InSet,
     Interface,
@@ -49,7 +52,15 @@ from fwcompiler.ruleset import (
 READER = "python-iptables"
 FAMILIES = (4, 6)
 
-_HOOKS: dict[str, Literal["input", "forward", "output"]] = {"INPUT": "input", "FORWARD": "forward", "OUTPUT": "output"}
+_HOOKS: dict[str, tuple[HookName, int]] = {
+    "PREROUTING": ("prerouting", -100),
+    "INPUT": ("input", 100),
+    "FORWARD": ("forward", 0),
+    "OUTPUT": ("output", -100),
+    "POSTROUTING": ("postrouting", 100),
+}
+"""By built-in chain: its hook, and the priority that table nat has there."""
+_PRIORITIES = {"filter": 0, "mangle": -150, "raw": -300}
 _STANDARD: dict[str, Verdict] = {"ACCEPT": Final.ACCEPT, "DROP": Final.DROP, "RETURN": Final.RETURN, "": None, "standard": None}
 _ICMP = {4: 1, 6: 58}
 _PERIODS: tuple[Literal["second", "minute", "hour", "day"], ...] = ("second", "minute", "hour", "day")
@@ -79,9 +90,24 @@ def read(text: str) -> Ruleset:
 
 
 def _chain(kernel: str, rules: tuple[Rule, ...]) -> Chain:
-    if kernel in _HOOKS:
-        return Chain(kernel, rules, Hook(_HOOKS[kernel], 0, "accept"))
-    return Chain(_chain_name(kernel), rules)
+    table, _, chain = kernel.rpartition("/")
+    rules = tuple(replace(r, verdict=_in_table(r.verdict, table)) for r in rules) if table else rules
+    if chain in _HOOKS:
+        hook, nat = _HOOKS[chain]
+        if table == "nat":
+            return Chain(kernel, rules, Hook(hook, nat, "accept", "nat"))
+        kind: Literal["filter", "route"] = "route" if (table, hook) == ("mangle", "output") else "filter"
+        return Chain(kernel, rules, Hook(hook, _PRIORITIES[table or "filter"], "accept", kind))
+    return Chain(_joined(table, _chain_name(chain)), rules)
+
+
+def _in_table(verdict: Verdict, table: str) -> Verdict:
+    """A call leads to a chain of its own table."""
+    return replace(verdict, chain=_joined(table, verdict.chain)) if isinstance(verdict, Goto | Jump) else verdict
+
+
+def _joined(table: str, chain: str) -> str:
+    return f"{table}/{chain}" if table else chain
 
 
 def _chain_name(kernel: str) -> str:
@@ -152,6 +178,8 @@ def _network(text: str, version: int) -> Range | None:
 def _verdict(raw: Mapping[str, Any], version: int) -> tuple[Verdict, str, list[Match]]:
     """Verdict, log prefix, and what of the target has no neutral form."""
     target, options = raw["target"], raw["options"]
+    if (target, list(options)) in (("CT", ["notrack"]), ("NOTRACK", [])):
+        return Untrack(), "", []
     if target.startswith("FWC-"):
         return (Goto if raw["goto"] else Jump)(_chain_name(target)), "", []
     if target in _STANDARD and not options and not raw["goto"]:

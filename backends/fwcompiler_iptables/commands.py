@@ -1,6 +1,7 @@
 """What to run to load, read, change and remove our chains and sets. Everything here returns data.
 
-Rules travel through ``iptables-restore --noflush``: one transaction a family, in which only the chains named are replaced.
+Rules travel through ``iptables-restore --noflush``: one transaction a family and table, in which only the chains named are
+replaced. Each is a step of its own: one that is refused leaves its table as it was, and the steps before it are undone.
 Sets are filled beside and swapped; a set whose rules change in the same update is replaced by its twin, which has the other
 slot name, so that rules and content change in one instant. Sets go last, when no rule holds them any more.
 """
@@ -18,7 +19,8 @@ from fwcompiler.ruleset import AddressSet, InSet, Rule, Ruleset
 from fwcompiler_iptables import render
 from fwcompiler_iptables.foreign import read_save
 from fwcompiler_iptables.parse import ALONE, parse_listing
-from fwcompiler_iptables.render import BUILT_IN, Lines, Tables, chain_name, create_words, member_lines, set_name, specs, tables
+from fwcompiler_iptables.render import Lines, create_words, member_lines, set_name, specs
+from fwcompiler_iptables.tables import BUILT_IN, NOTHING, Tables, chain_name, order, tables
 
 VERSIONS = (4, 6)
 
@@ -42,7 +44,7 @@ class Iptables:
 
     def render(self, ruleset: Ruleset) -> Rendered:
         """For ``ipset restore``, then ``iptables-restore --noflush`` and ``ip6tables-restore --noflush``."""
-        rules = {f"fwc.v{version}": render.table_text(ruleset, version) for version in VERSIONS}
+        rules = {f"fwc.v{version}": render.family_text(ruleset, version) for version in VERSIONS}
         return Rendered({"fwc.ipset": render.sets_text(ruleset), **rules})
 
     def load(self, ruleset: Ruleset) -> Sequence[Step]:
@@ -52,10 +54,9 @@ class Iptables:
     def listing(self, *, big: bool = False) -> Sequence[Command]:  # noqa: ARG002 - these never read a set's content
         """Rules of both families, then the heads of all sets.
 
-        The legacy program gets no ``-t filter``: naming a table would register it where nobody uses it.
+        No table is named: to the legacy program that would register it where nobody uses it.
         """
-        table = ("-t", "filter") if self.variant == "nft" else ()
-        saves = (Command((self._program(version, "save"), "-c", *table)) for version in VERSIONS)
+        saves = (Command((self._program(version, "save"), "-c")) for version in VERSIONS)
         return (*saves, Command(("ipset", "list", "-t"), missing_ok=True))
 
     def parse(self, outputs: Sequence[str]) -> Ruleset:
@@ -86,35 +87,39 @@ class Iptables:
         busy = {version for version in VERSIONS if not _same(found[version], aims[version])}
         sets = _Sets(live, wanted, changes, busy)
         steps = [*sets.before(), *sets.contents()]
-        for version in VERSIONS:
-            forth = _delta(version, found[version], aims[version], sets.slots_before, sets.slots_after)
-            if forth:
-                back = _delta(version, aims[version], found[version], sets.slots_after, sets.slots_before)
-                steps.append(self._rules(version, forth, back))
+        for table in order({**aims[4], **aims[6]}):
+            for version in VERSIONS:
+                old, new = found[version].get(table, NOTHING), aims[version].get(table, NOTHING)
+                steps += self._changed(table, version, (old, sets.slots_before), (new, sets.slots_after))
         return (*steps, *sets.after())
 
     def remove(self, live: Ruleset) -> Sequence[Step]:
         """Jump, chains and sets; with iptables-nft also a table that holds nothing else, which the program made for us.
 
-        An ``ip filter`` table that was there before, but without a rule, a chain or a policy other than accept, goes as well:
+        A table that was there before, but without a rule, a chain or a policy other than accept, goes as well:
         it cannot be told from one made for us, and it did nothing.
         """
         slots = {s.name: s.slot for s in live.sets}
+        found = {version: tables(live, version) for version in VERSIONS}
         steps: list[Step] = []
-        for version in VERSIONS:
-            found, nothing = tables(live, version), Tables((), {})
-            empty = self.variant == "nft" and any(rule.origin and rule.origin.file == ALONE for _, rule in found.jumps)
-            forth = _delta(version, found, nothing, slots, {})
-            if forth:
-                back = _delta(version, nothing, found, {}, slots)
-                steps.append(self._rules(version, _with_base_chains(forth, found) if empty else forth, back))
-                if empty:
-                    steps.append(Step(Command((self._program(version, "restore"), "-w", "5"), "*filter\nCOMMIT\n")))
+        for table in order({}):
+            for version in VERSIONS:
+                steps += self._changed(table, version, (found[version].get(table, NOTHING), slots), (NOTHING, {}))
         return (*steps, *_Sets(live, Ruleset(), (), set()).after())
 
-    def _rules(self, version: int, forth: Lines, back: Lines | None) -> Step:
-        do, undo = (self._restore(version, lines) for lines in (forth, back or Lines()))
-        return Step(do, (undo,))
+    def _changed(self, table: str, version: int, before: _Slotted, after: _Slotted) -> Iterator[Step]:
+        """One table of one family. With iptables-nft a table that nobody else uses goes when we do."""
+        forth = _delta(table, version, before, after)
+        if forth is None:
+            return
+        old = before[0]
+        empty = self.variant == "nft" and not after[0] and any(rule.origin and rule.origin.file == ALONE for _, rule in old.jumps)
+        if empty:
+            forth = _with_base_chains(table, forth, old)
+        back = _delta(table, version, after, before) or Lines(table)
+        yield Step(self._restore(version, forth), (self._restore(version, back),))
+        if empty:
+            yield Step(Command((self._program(version, "restore"), "-w", "5"), f"*{table}\nCOMMIT\n"))
 
     def _restore(self, version: int, lines: Lines) -> Command:
         return Command((self._program(version, "restore"), "--noflush", "-w", "5", "-c"), lines.text(), origins=lines.origins)
@@ -123,22 +128,28 @@ class Iptables:
         return f"ip{'6' if version == 6 else ''}tables-{self.variant}-{verb}"
 
 
-def _same(found: Tables, aim: Tables) -> bool:
-    return found.chains == aim.chains and not _minus(found.jumps, aim.jumps) and not _minus(aim.jumps, found.jumps)
+def _same(found: Mapping[str, Tables], aims: Mapping[str, Tables]) -> bool:
+    pairs = [(found.get(table, NOTHING), aims.get(table, NOTHING)) for table in BUILT_IN]
+    return all(a.chains == b.chains and not _minus(a.jumps, b.jumps) and not _minus(b.jumps, a.jumps) for a, b in pairs)
 
 
-def _delta(version: int, old: Tables, new: Tables, slots_old: Mapping[str, str], slots_new: Mapping[str, str]) -> Lines | None:
-    """What turns one family from `old` to `new`; None where they are the same.
+_Slotted = tuple[Tables, Mapping[str, str]]
+"""A table, and the slots in which its sets are."""
+
+
+def _delta(table: str, version: int, before: _Slotted, after: _Slotted) -> Lines | None:
+    """What turns one table of one family from one state to another; None where they are the same.
 
     Replaced chains are flushed by naming them. A rule that stays keeps its count.
     """
+    (old, slots_old), (new, slots_new) = before, after
     moved = {name for name in {*slots_old, *slots_new} if slots_old.get(name) != slots_new.get(name)}
     changed = [name for name, rules in new.chains.items() if old.chains.get(name) != rules or _uses(rules, moved)]
     gone = [name for name in old.chains if name not in new.chains]
     lost, missing = _minus(old.jumps, new.jumps), _minus(new.jumps, old.jumps)
     if not (changed or gone or lost or missing):
         return None
-    lines = Lines()
+    lines = Lines(table)
     # An empty chain may be missing in this family without the listing showing it: naming it makes it, or changes nothing.
     for name in dict.fromkeys((*changed, *gone, *(n for n in new.chains if not old.chains.get(n)))):
         lines.add(f":{chain_name(name)} - [0:0]")
@@ -155,7 +166,7 @@ def _delta(version: int, old: Tables, new: Tables, slots_old: Mapping[str, str],
     return lines
 
 
-def _with_base_chains(lines: Lines, found: Tables) -> Lines:
+def _with_base_chains(table: str, lines: Lines, found: Tables) -> Lines:
     """Take the built-in chains out as well, in the same transaction. The kernel refuses it all if anybody has a rule there.
 
     Only a chain that exists can be taken out, and ``iptables-nft`` makes it when a rule is put in.
@@ -163,9 +174,9 @@ def _with_base_chains(lines: Lines, found: Tables) -> Lines:
     probe = chain_name(next(iter(found.chains)))
     head, tail = lines.texts[:1], lines.texts[1:]
     declared = [text for text in tail if text.startswith(":")]
-    probes = [f"-{verb} {chain} {place}-j {probe}" for chain in BUILT_IN.values() for verb, place in (("I", "1 "), ("D", ""))]
+    probes = [f"-{verb} {chain} {place}-j {probe}" for chain in BUILT_IN[table].values() for verb, place in (("I", "1 "), ("D", ""))]
     rest = [text for text in tail if not text.startswith(":")]
-    lines.texts = [*head, *declared, *probes, *rest, *(f"-X {chain}" for chain in BUILT_IN.values())]
+    lines.texts = [*head, *declared, *probes, *rest, *(f"-X {chain}" for chain in BUILT_IN[table].values())]
     return lines
 
 

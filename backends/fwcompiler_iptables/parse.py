@@ -22,7 +22,6 @@ from fwcompiler.ruleset import (
     Family,
     Final,
     Goto,
-    Hook,
     InRanges,
     InSet,
     Interface,
@@ -38,14 +37,15 @@ from fwcompiler.ruleset import (
     StateIn,
     TypeIn,
     Unknown,
+    Untrack,
     Verdict,
 )
-from fwcompiler_iptables.render import BUILT_IN, CHAIN_PREFIX, PROTOCOL_NUMBER, SET_PREFIX, neutral_chain, neutral_set, quote
+from fwcompiler_iptables.render import PROTOCOL_NUMBER, SET_PREFIX, neutral_set, quote
+from fwcompiler_iptables.tables import BUILT_IN, CHAIN_PREFIX, hook_of, joined, neutral_chain, split
 
-ALONE = "a filter table that holds nothing else"
+ALONE = "a table that holds nothing else"
 """Marks, as the origin of our jump, that nothing in the family's table is anybody else's. No part of equality."""
 
-_HOOKS = {chain: hook for hook, chain in BUILT_IN.items()}
 _FINALS = {"ACCEPT": Final.ACCEPT, "DROP": Final.DROP, "RETURN": Final.RETURN}
 _REJECT = {4: "icmp-port-unreachable", 6: "icmp6-port-unreachable"}
 _UNITS: dict[str, Literal["second", "minute", "hour", "day"]] = {"sec": "second", "min": "minute", "hour": "hour", "day": "day"}
@@ -75,81 +75,90 @@ TYPE_NAMES: dict[int, dict[str, int]] = {
 
 @dataclass
 class _Table:
-    """Table ``filter`` of one family, as printed: our chains, the lines in them, and what of the rest concerns us."""
+    """One table of one family, as printed: our chains, the lines in them, and what of the rest concerns us."""
 
     version: int
+    name: str
     chains: list[str] = field(default_factory=list)
     lines: list[tuple[str, tuple[int, int], list[str]]] = field(default_factory=list)
     alone: bool = True
+    led: set[str] = field(default_factory=set)
+    accepting: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def before(self) -> Iterator[str]:
+        """Rules of built-in chains that accept packets before they come to our jump, as they are printed.
+
+        Where the jump is lost, all of a chain's rules stand before it.
+        """
+        watched = self.led or {"INPUT"}
+        return (text for chain, text in self.accepting if chain in watched)
 
 
 def parse_listing(saves: Sequence[str], sets: str) -> Ruleset:
     """The ruleset behind the outputs of ``iptables-save -c`` for IPv4 and IPv6 and of ``ipset list -t``.
 
-    A chain's rules are those of IPv4, then those of IPv6, each naming its family. ``INPUT`` holds only its jumps to chains
-    of ours: who else is in there, and what its policy says, is none of our business. Sets that fwc would not have made
-    are named in ``others``.
+    A chain's rules are those of IPv4, then those of IPv6, each naming its family. Built-in chains hold only their jumps to
+    chains of ours: who else is in there, and what their policies say, is none of our business. Sets that fwc would not have
+    made are named in ``others``.
     """
-    found = [_read_table(save, version) for version, save in zip((4, 6), saves, strict=True)]
+    found = [table for version, save in zip((4, 6), saves, strict=True) for table in _read_tables(save, version)]
     matched = {token for table in found for _, _, tokens in table.lines for token in _after(tokens, "--match-set")}
     known, others = _read_sets(sets, matched)
-    rules: dict[str, list[Rule]] = {name: [] for table in found for name in table.chains}
+    rules: dict[str, list[Rule]] = {neutral_chain(name, table.name): [] for table in found for name in table.chains}
     for table in found:
         for name, count, tokens in table.lines:
-            rule = _Reader(table.version, known).rule(tokens, count)
-            if name in _HOOKS and table.alone:
-                rule = replace(rule, origin=Position(ALONE, table.version))
-            rules.setdefault(name, []).append(rule)
+            rule = _Reader(table.version, table.name, known).rule(tokens, count)
+            if hook_of(table.name, name):
+                rule = replace(rule, origin=Position(ALONE, table.version) if table.alone else None)
+                rules.setdefault(joined(table.name, name), []).append(rule)
+            else:
+                rules.setdefault(neutral_chain(name, table.name), []).append(rule)
     sets_of_ours = tuple(sorted(known.values(), key=lambda s: s.name))
-    bypass = tuple(line for table, save in zip(found, saves, strict=True) if table.chains for line in _before_ours(save, table.version))
+    bypass = tuple(line for table in found if table.name == "filter" for line in table.before)
     return Ruleset(tuple(_chains(rules)), sets_of_ours, tuple(sorted(others)), bypass)
 
 
-def _before_ours(save: str, version: int) -> Iterator[str]:
-    """Rules that accept packets before they come to our jump, as they are printed."""
-    table = ""
-    for line in save.splitlines():
-        table = line[1:].strip() if line.startswith("*") else table
-        rule = re.sub(r"^\[\d+:\d+\] ", "", line)
-        if table != "filter" or not rule.startswith("-A INPUT "):
-            continue
-        if f" {CHAIN_PREFIX}" in rule:
-            return
-        if re.search(r" -[jg] ACCEPT\b", rule):
-            yield f"IPv{version}, before our jump: {rule}"
-
-
 def _chains(rules: Mapping[str, Sequence[Rule]]) -> Iterator[Chain]:
-    for name in sorted(rules, key=lambda n: (n not in _HOOKS, n)):
-        if name in _HOOKS:
-            yield Chain(name, tuple(rules[name]), Hook(cast(Literal["input"], _HOOKS[name]), 0, "accept"))
-        else:
-            yield Chain(neutral_chain(name), tuple(rules[name]))
+    hooks = {name: hook_of(*split(name)) for name in rules}
+    for name in sorted(rules, key=lambda n: (hooks[n] is None, n)):
+        yield Chain(name, tuple(rules[name]), hooks[name])
 
 
 def _after(tokens: Sequence[str], option: str) -> Iterator[str]:
     return (value for name, value in pairwise(tokens) if name == option)
 
 
-def _read_table(save: str, version: int) -> _Table:
-    table = _Table(version)
-    name = ""
+def _read_tables(save: str, version: int) -> Iterator[_Table]:
+    """The tables that have a chain of ours or a rule that leads to one."""
+    table = _Table(version, "")
     for line in save.splitlines():
         if line.startswith("*"):
-            name = line[1:].strip()
-        elif name == "filter" and line.startswith(":"):
+            table = _Table(version, line[1:].strip())
+        elif line == "COMMIT":
+            if table.name in BUILT_IN and (table.chains or table.lines):
+                yield table
+        elif line.startswith(":"):
             chain, policy = line[1:].split()[:2]
             if chain.startswith(CHAIN_PREFIX):
                 table.chains.append(chain)
-            elif chain not in _HOOKS or policy != "ACCEPT":
+            elif not hook_of(table.name, chain) or policy != "ACCEPT":
                 table.alone = False
-        elif name == "filter" and (match := re.match(r"(?:\[(\d+):(\d+)\] )?-A (\S+) ?(.*)", line)):
-            tokens = tokenize(match[4])
-            ours = match[3].startswith(CHAIN_PREFIX) or (match[3] in _HOOKS and _leads_to_us(tokens))
-            table.alone = table.alone and ours
-            if ours:
-                table.lines.append((match[3], (int(match[1] or 0), int(match[2] or 0)), tokens))
-    return table
+        elif match := re.match(r"(?:\[(\d+):(\d+)\] )?-A (\S+) ?(.*)", line):
+            _read_line(table, match)
+
+
+def _read_line(table: _Table, match: re.Match[str]) -> None:
+    chain, tokens = match[3], tokenize(match[4])
+    built_in, leads = bool(hook_of(table.name, chain)), _leads_to_us(tokens)
+    if chain.startswith(CHAIN_PREFIX) or (built_in and leads):
+        table.lines.append((chain, (int(match[1] or 0), int(match[2] or 0)), tokens))
+    else:
+        table.alone = False
+    if leads:
+        table.led.add(chain)
+    elif built_in and chain not in table.led and re.search(r"(^| )-[jg] ACCEPT\b", match[4]):
+        table.accepting.append((chain, f"IPv{table.version}, before our jump: -A {chain} {match[4]}"))
 
 
 def _leads_to_us(tokens: Sequence[str]) -> bool:
@@ -229,8 +238,9 @@ class _NotModelled(Exception):
 class _Reader:
     """Reads the arguments of one rule."""
 
-    def __init__(self, version: int, sets: Mapping[str, AddressSet]) -> None:
+    def __init__(self, version: int, table: str, sets: Mapping[str, AddressSet]) -> None:
         self.version = version
+        self.table = table
         self.sets = sets
         self.matches: list[Match] = []
         self.protocol: ProtocolIs | None = None
@@ -361,11 +371,14 @@ class _Reader:
 
     def _target(self, option: str, name: str, rest: Sequence[str]) -> None:
         if name.startswith(CHAIN_PREFIX) and not rest:
-            self.verdict = Goto(neutral_chain(name)) if option == "-g" else Jump(neutral_chain(name))
+            chain = neutral_chain(name, self.table)
+            self.verdict = Goto(chain) if option == "-g" else Jump(chain)
         elif option == "-g":
             raise _NotModelled
         elif name in _FINALS and not rest:
             self.verdict = _FINALS[name]
+        elif (name, *rest) in (("NOTRACK",), ("CT", "--notrack")):
+            self.verdict = Untrack()
         elif name == "REJECT":
             self.verdict = Final.REJECT
             if list(rest) != ["--reject-with", _REJECT[self.version]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import product
 
 from fwcompiler.addresses import BITS, LAST, Range, address_text, prefix_text, prefixes
@@ -37,12 +36,23 @@ from fwcompiler.ruleset import (
     Unknown,
     Untrack,
 )
+from fwcompiler_iptables.tables import (
+    BUILT_IN,
+    CHAIN_MAX,
+    CHAIN_PREFIX,
+    NOTHING,
+    Tables,
+    chain_name,
+    is_built_in,
+    order,
+    placement,
+    split,
+    table_of,
+    tables,
+)
 
-BUILT_IN = {"input": "INPUT", "forward": "FORWARD", "output": "OUTPUT"}
-"""Hooks with a chain in table ``filter``, the only table fwc touches."""
-CHAIN_PREFIX, SET_PREFIX = "FWC-", "fwc-"
-CHAIN_MAX, SET_MAX = 28, 31
-"""XT_EXTENSION_MAXNAMELEN and IPSET_MAXNAMELEN (include/uapi/linux/netfilter), without the closing NUL."""
+SET_PREFIX, SET_MAX = "fwc-", 31
+"""IPSET_MAXNAMELEN (include/uapi/linux/netfilter/ipset/ip_set.h), without the closing NUL."""
 MAXELEM = 1 << 24
 """The most elements a static set may hold: only a limit, it costs no memory."""
 
@@ -56,23 +66,6 @@ _EXTENSION_HEADERS = (43, 44, 51, 60)
 _SET_NAME = re.compile(r"([A-Za-z][A-Za-z0-9_-]*)(\.dynamic)?\.v([46])")
 _KERNEL_SET = re.compile(r"fwc-([A-Za-z][A-Za-z0-9_-]*)(~?)([46])(b?)")
 _PLAIN = re.compile(r"[A-Za-z0-9_./:,+=@-]+")
-
-
-def chain_name(name: str) -> str:
-    """``service.sip`` is ``FWC-s.sip``: the longest service name still fits into 28 characters."""
-    if name.startswith(CHAIN_PREFIX):
-        return name
-    return CHAIN_PREFIX + (f"s.{name[8:]}" if name.startswith("service.") else name)
-
-
-def neutral_chain(kernel: str) -> str:
-    """The inverse of :func:`chain_name`. A chain that fwc would never write keeps its kernel name."""
-    name = kernel.removeprefix(CHAIN_PREFIX)
-    if name.startswith("s."):
-        return f"service.{name[2:]}"
-    if not name or name.startswith((CHAIN_PREFIX, "service.")) or name in BUILT_IN.values():
-        return kernel
-    return name
 
 
 def is_set_name(name: str) -> bool:
@@ -93,43 +86,6 @@ def neutral_set(kernel: str) -> tuple[str, int, str] | None:
     if not match:
         return None
     return f"{match[1]}{'.dynamic' if match[2] else ''}.v{match[3]}", int(match[3]), match[4]
-
-
-@dataclass(frozen=True, slots=True)
-class Tables:
-    """One family of a ruleset: rules of built-in chains that lead to ours, and our chains by neutral name."""
-
-    jumps: tuple[tuple[str, Rule], ...]
-    chains: Mapping[str, tuple[Rule, ...]]
-
-
-def tables(ruleset: Ruleset, version: int) -> Tables:
-    """The part of a ruleset that one family's ``filter`` table holds.
-
-    A base chain of the compiler becomes a chain of ours and a jump to it; a built-in chain that a reader found is
-    there as it is. Where a base chain's policy says drop, so does its last rule: a chain of ours has no policy.
-    """
-    jumps: list[tuple[str, Rule]] = []
-    chains: dict[str, tuple[Rule, ...]] = {}
-    for chain in sorted(ruleset.chains, key=lambda c: c.name):
-        rules = tuple(r for r in chain.rules if _concerns(r, version))
-        if chain.hook and chain.name in BUILT_IN.values():
-            jumps += [(chain.name, rule) for rule in rules]
-            continue
-        if chain.hook:
-            jumps.append((BUILT_IN[chain.hook.name], Rule((Family(version),), Jump(chain.name))))
-            if chain.hook.policy == "drop" and not _is_closed(rules):
-                rules += (Rule((Family(version),), Final.DROP),)
-        chains[chain.name] = rules
-    return Tables(tuple(jumps), chains)
-
-
-def _concerns(rule: Rule, version: int) -> bool:
-    return all(m.version == version for m in rule.matches if isinstance(m, InSet | InRanges | Family | TypeIn))
-
-
-def _is_closed(rules: Sequence[Rule]) -> bool:
-    return bool(rules) and rules[-1].verdict is not None and not [m for m in rules[-1].matches if not isinstance(m, Family)]
 
 
 def quote(text: str) -> str:
@@ -192,7 +148,9 @@ def _target(rule: Rule, version: int) -> list[Option]:
             return [(_TARGET, f"-j REJECT --reject-with {'icmp' if version == 4 else 'icmp6'}-port-unreachable")]
         case Final():
             return [(_TARGET, f"-j {rule.verdict.name}")]
-        case Translate() | Untrack() | Undecided():
+        case Untrack():
+            return [(_TARGET, "-j CT --notrack")]
+        case Translate() | Undecided():
             raise ValueError(f"cannot render {rule.verdict}")
 
 
@@ -245,10 +203,10 @@ def _range(side: str, version: int, span: Range, no: str, used: set[str]) -> Opt
 
 
 class Lines:
-    """Collects the lines of one restore text, remembering which policy line each stands for."""
+    """Collects the lines of one table's restore text, remembering which policy line each stands for."""
 
-    def __init__(self) -> None:
-        self.texts = ["*filter"]
+    def __init__(self, table: str) -> None:
+        self.texts = [f"*{table}"]
         self.origins: dict[int, Position] = {}
 
     def add(self, text: str, origin: Position | None = None) -> None:
@@ -270,15 +228,20 @@ class Lines:
         return "\n".join((*self.texts, "COMMIT", ""))
 
 
-def table_text(ruleset: Ruleset, version: int) -> str:
-    """One family as text for ``iptables-restore --noflush``."""
-    table = tables(ruleset, version)
-    lines = Lines()
-    for name in table.chains:
+def family_text(ruleset: Ruleset, version: int) -> str:
+    """One family as text for ``iptables-restore --noflush``, table after table."""
+    found = tables(ruleset, version) or {"filter": NOTHING}
+    return "".join(table_text(table, found[table], version) for table in order(found) if table in found)
+
+
+def table_text(table: str, found: Tables, version: int) -> str:
+    """One table of one family."""
+    lines = Lines(table)
+    for name in found.chains:
         lines.add(f":{chain_name(name)} - [0:0]")
-    for name, rules in table.chains.items():
+    for name, rules in found.chains.items():
         lines.rules(name, rules, version, {})
-    for built_in, rule in reversed(table.jumps):
+    for built_in, rule in reversed(found.jumps):
         for spec in specs(rule, version, {}):
             lines.add(f"-I {built_in} 1 {spec}")
     return lines.text()
@@ -328,9 +291,30 @@ def sets_text(ruleset: Ruleset) -> str:
 def refuse(ruleset: Ruleset) -> list[Finding]:
     """What iptables or ipset cannot hold exactly as it was meant, each with its policy line."""
     names = [Finding("name", text, each.origin) for each in ruleset.sets for text in _set_faults(each)]
-    chains = [Finding(code, text) for chain in ruleset.chains for code, text in _chain_faults(chain)]
+    chains = [Finding(code, text, _origin(chain)) for chain in ruleset.chains for code, text in _chain_faults(chain)]
     rules = [Finding("value", text, rule.origin) for chain in ruleset.chains for rule in chain.rules for text in _rule_faults(rule)]
-    return list(dict.fromkeys((*names, *chains, *rules)))
+    places = [
+        Finding("value", text, rule.origin)
+        for table, placed in placement(ruleset).items()
+        for chain in placed
+        for rule in chain.rules
+        for text in _place_faults(table, rule)
+    ]
+    return list(dict.fromkeys((*names, *chains, *rules, *places)))
+
+
+def _origin(chain: Chain) -> Position | None:
+    return next((rule.origin for rule in chain.rules if rule.origin), None)
+
+
+def _place_faults(table: str, rule: Rule) -> Iterator[str]:
+    """What a rule does that its table does not let it do (iptables-extensions(8))."""
+    if table == "nat" and rule.verdict is Final.DROP:
+        yield "iptables cannot drop in table nat, which sees the first packet of a connection only"
+    if table != "filter" and rule.verdict is Final.REJECT:
+        yield f"iptables cannot reject in table {table}"
+    if table != "raw" and isinstance(rule.verdict, Untrack):
+        yield f"iptables takes packets out of connection tracking in table raw only, not in {table}"
 
 
 def _set_faults(each: AddressSet) -> Iterator[str]:
@@ -346,21 +330,28 @@ def _set_faults(each: AddressSet) -> Iterator[str]:
 
 
 def _chain_faults(chain: Chain) -> Iterator[tuple[str, str]]:
-    built_in = chain.name in BUILT_IN.values()
-    if built_in is not bool(chain.hook and chain.name == BUILT_IN.get(chain.hook.name)):
+    hook = chain.hook
+    if hook and table_of(hook) is None:
+        where = f"hook {hook.name} with priority {hook.priority}" + (f" and type {hook.kind}" if hook.kind != "filter" else "")
+        yield "value", f"iptables has no chain at {where}"
+        return
+    if is_built_in(chain):
+        return
+    table, name = split(chain.name)
+    if name in BUILT_IN[table].values():
         yield "name", f"`{chain.name}` is the name of a built-in chain"
-    elif not built_in and (not re.fullmatch(r"[A-Za-z][A-Za-z0-9_.-]*", chain.name) or chain.name.startswith(("s.", CHAIN_PREFIX))):
+    elif not re.fullmatch(r"[A-Za-z][A-Za-z0-9_.-]*", name) or name.startswith(("s.", CHAIN_PREFIX)):
         yield "name", f"`{chain.name}` cannot be the name of an iptables chain"
-    elif len(chain_name(chain.name)) > CHAIN_MAX:
-        yield "name", f"chain names have at most {CHAIN_MAX} characters, and `{chain_name(chain.name)}` has more"
-    if chain.hook and (chain.hook.name not in BUILT_IN or chain.hook.priority != 0):
-        yield "value", f"iptables has no chain at hook {chain.hook.name} with priority {chain.hook.priority} in table filter"
+    elif len(chain_name(name)) > CHAIN_MAX:
+        yield "name", f"chain names have at most {CHAIN_MAX} characters, and `{chain_name(name)}` has more"
+    if hook and hook.kind == "nat" and hook.policy == "drop":
+        yield "value", "iptables cannot drop in table nat, which sees the first packet of a connection only"
 
 
 def _rule_faults(rule: Rule) -> Iterator[str]:
     for match in rule.matches:
         yield from _match_faults(match)
-    if isinstance(rule.verdict, Translate | Untrack | Undecided):
+    if isinstance(rule.verdict, Translate | Undecided):
         yield f"iptables cannot express {rule.verdict}"
     if len(rule.log_prefix) > 29:
         yield f"a log prefix has at most 29 characters, `{rule.log_prefix}` has more"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from fwcompiler.addresses import LAST, Range, merged, parse_address
 from fwcompiler.ports import PROTOCOLS
@@ -21,6 +21,7 @@ from fwcompiler.ruleset import (
     Final,
     Goto,
     Hook,
+    HookKind,
     InRanges,
     InSet,
     Interface,
@@ -34,6 +35,7 @@ from fwcompiler.ruleset import (
     StateIn,
     TypeIn,
     Unknown,
+    Untrack,
     Verdict,
 )
 
@@ -159,8 +161,7 @@ def _is_ours(table: Json) -> bool:
 
 def _is_other(kind: str, value: Json) -> bool:
     if kind == "chain":
-        # A chain of another type sees other packets: only new connections (nat), or only those that go out (route).
-        return bool(value.get("type", "filter") != "filter")
+        return value.get("type", "filter") not in get_args(HookKind)
     if kind in ("rule", "counter"):
         return False
     return kind != "set" or _set(value) is None
@@ -169,7 +170,7 @@ def _is_other(kind: str, value: Json) -> bool:
 def _hook(chain: Json) -> Hook | None:
     if "hook" not in chain:
         return None
-    return Hook(chain["hook"], chain.get("prio", 0), chain.get("policy", "accept"))
+    return Hook(chain["hook"], chain.get("prio", 0), chain.get("policy", "accept"), chain.get("type", "filter"))
 
 
 def _set(item: Json) -> AddressSet | None:
@@ -256,6 +257,8 @@ def _verdict(expression: Json) -> Verdict:
             return Final(word)
         case ("reject", _):
             return Final.REJECT
+        case ("notrack", _):
+            return Untrack()
         case ("goto", {"target": str(chain)}):
             return Goto(chain)
         case ("jump", {"target": str(chain)}):

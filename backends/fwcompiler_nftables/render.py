@@ -63,7 +63,7 @@ def table_text(ruleset: Ruleset) -> str:
 
 def hook_spec(hook: Hook) -> str:
     """`type filter hook input priority 0; policy drop;`."""
-    return f"type filter hook {hook.name} priority {hook.priority}; policy {hook.policy};"
+    return f"type {hook.kind} hook {hook.name} priority {hook.priority}; policy {hook.policy};"
 
 
 def set_spec(each: AddressSet) -> Iterator[str]:
@@ -128,7 +128,9 @@ def verdict_text(verdict: Verdict) -> str:
             return f"jump {chain}"
         case None:
             return "continue"
-        case Translate() | Untrack() | Undecided():
+        case Untrack():
+            return "notrack"
+        case Translate() | Undecided():
             raise ValueError(f"cannot render {verdict}")
 
 

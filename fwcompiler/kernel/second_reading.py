@@ -5,7 +5,7 @@ its crashes, its output on stdout and its warnings away from fwc. What it does b
 
 - ``iptc.easy`` and ``Table(autocommit=True)`` commit on every access, even when reading: neither is used.
 - A rule that jumps to a chain makes it open every table, which registers nat, mangle, raw and security in the kernel:
-  it is told that only ``filter`` exists. A ``filter`` table that nobody registered is not opened either.
+  it is told that only those exist which somebody registered, and no other one is opened.
 - Reading a rule loads the extensions it uses, and some crash: in built-in chains only the jumps to our chains are read.
 - It takes no xtables lock. A listing is one consistent snapshot all the same; who compares it with another one has to
   ask again when the two differ.
@@ -28,6 +28,7 @@ from typing import Any
 TIMEOUT = 15
 """Seconds. The child needs 0.3 for some hundred rules, 2 for 10,000."""
 CHAIN_PREFIX = "FWC-"
+TABLES = ("filter", "nat", "mangle", "raw")
 _NAMES = {4: "/proc/net/ip_tables_names", 6: "/proc/net/ip6_tables_names"}
 
 
@@ -40,7 +41,7 @@ class Answer:
 
 
 def ask() -> Answer:
-    """Read table ``filter`` of both families in the current network namespace. Never raises."""
+    """Read the tables of both families in the current network namespace. Never raises."""
     if find_spec("iptc") is None:
         return Answer()
     # -P: a file called iptc.py in the current directory is not what we mean.
@@ -65,7 +66,8 @@ def _answer(code: int, out: str, err: str) -> Answer:
 
 
 def _child() -> None:
-    """Print the rules as JSON: version -> chain -> rules; "missing" without python-iptables.
+    """Print the rules as JSON: version -> chain -> rules, where chains of other tables than ``filter`` are ``TABLE/CHAIN``;
+    "missing" without python-iptables.
 
     stdout is kept for the answer: iptc and the extensions print where they like. The process ends without running
     iptc's destructors.
@@ -73,7 +75,7 @@ def _child() -> None:
     answer = os.dup(1)
     os.dup2(2, 1)
     try:
-        text = json.dumps({version: dict(_table(version)) for version in _NAMES})
+        text = json.dumps({version: dict(_tables(version)) for version in _NAMES})
     except ModuleNotFoundError as error:
         if error.name != "iptc":
             raise
@@ -83,28 +85,30 @@ def _child() -> None:
     os._exit(0)
 
 
-def _table(version: int) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+def _tables(version: int) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Our chains, and the built-in chains that lead to them."""
-    if not _registered(version):
+    registered = _registered(version)
+    if not registered:
         return
     import iptc
 
     kind = iptc.Table if version == 4 else iptc.Table6
     kind.commit = _refuse
-    kind.existing_table_names = {name: name == kind.FILTER for name in kind.ALL}
-    table = kind(kind.FILTER, autocommit=False)
-    for chain in table.chains:
-        ours = chain.name.startswith(CHAIN_PREFIX)
-        rules = list(_rules(table, chain, version, only_jumps=not ours))
-        if rules or ours:
-            yield chain.name, rules
+    kind.existing_table_names = {name: name in registered for name in kind.ALL}
+    for name in (t for t in TABLES if t in registered):
+        table = kind(name, autocommit=False)
+        for chain in table.chains:
+            ours = chain.name.startswith(CHAIN_PREFIX)
+            rules = list(_rules(table, chain, version, only_jumps=not ours))
+            if rules or ours:
+                yield chain.name if name == "filter" else f"{name}/{chain.name}", rules
 
 
-def _registered(version: int) -> bool:
+def _registered(version: int) -> list[str]:
     try:
-        return "filter" in Path(_NAMES[version]).read_text(encoding="ascii").split()
+        return Path(_NAMES[version]).read_text(encoding="ascii").split()
     except FileNotFoundError:
-        return False
+        return []
 
 
 def _refuse(*_: object) -> None:

@@ -35,6 +35,7 @@ from fwcompiler.ruleset import (
     StateIn,
     TypeIn,
     Unknown,
+    Untrack,
 )
 
 pytestmark = pytest.mark.skipif(subprocess.run(("unshare", "-n", "true"), check=False).returncode != 0, reason="needs root")
@@ -576,5 +577,100 @@ class TestRemove:
         aim = wanted(backend, policy(carriers=((1, 9),), sip=(Rule((InRanges("source", 4, ((5, 5),)),), Final.ACCEPT, "sip"),)))
         runner.execute(backend.update(listed(backend), aim, [change(aim, "carriers.v4", CARRIERS, ((1, 9),))]))
         runner.execute(backend.remove(listed(backend)))
+
+        assert before == everything(backend)
+
+
+def everywhere(*, early: tuple[Rule, ...] = ()) -> Ruleset:
+    """The policy with chains in every table: blocks dropped early, media untracked, and a chain that two tables lead to."""
+    base = policy()
+    udp = Rule((PortIn("destination", "udp", (5060, 5060)),), Goto("service.sip"))
+    media = Rule((PortIn("source", "udp", (10000, 20000)),), Untrack())
+    chains = (
+        *base.chains,
+        Chain("early", (Rule((InSet("source", "block.v4", 4),), Final.DROP, "block"), *early, udp), Hook("prerouting", -300, "accept")),
+        Chain("media", (media, Rule((), Final.ACCEPT, "rtp")), Hook("output", -300, "accept")),
+        Chain("marks", (Rule((PortIn("source", "udp", (5060, 5060)),), None),), Hook("postrouting", -150, "accept")),
+        Chain("nat", (Rule((Interface("in", "eth0"),), Final.RETURN),), Hook("prerouting", -100, "accept", "nat")),
+    )
+    return replace(base, chains=chains)
+
+
+class TestTables:
+    """Chains in raw, mangle and nat beside those in filter."""
+
+    def test_read_back(self, backend: Iptables) -> None:
+        """Each table holds what its hook asks for, jumps first, a shared chain in both its tables; all of it is read back."""
+        foreign(backend)
+        assert list(backend.refuse(everywhere())) == []
+        runner.execute(backend.load(everywhere()))
+        live = listed(backend)
+
+        names = {"INPUT", "raw/PREROUTING", "raw/OUTPUT", "mangle/POSTROUTING", "nat/PREROUTING"}
+        assert {c.name: c.hook for c in live.chains if c.hook}.keys() == names
+        assert live.chain("raw/service.sip").rules == live.chain("service.sip").rules
+        assert live.chain("raw/media").rules == explicit(everywhere())["media"]
+        assert not backend.update(live, wanted(backend, everywhere()), ())
+
+    def test_lost_and_moved(self, backend: Iptables) -> None:
+        """What somebody took out of another table is put back, first in its chain; filter is not touched for it."""
+        runner.execute(backend.load(everywhere()))
+        aim = wanted(backend, everywhere())
+        shell(f"iptables-{backend.variant} -t raw -F PREROUTING; iptables-{backend.variant} -t raw -A PREROUTING -s 192.0.2.9 -j DROP")
+        shell(f"ip6tables-{backend.variant} -t raw -F FWC-s.sip")
+        steps = backend.update(listed(backend), aim, ())
+        runner.execute(steps)
+
+        assert [s.do.stdin.split("\n")[0] for s in steps if isinstance(s.do, Command)] == ["*raw", "*raw"]
+        assert aim == replace(listed(backend), sets=aim.sets)
+        assert shell(f"iptables-{backend.variant} -t raw -S PREROUTING").split("\n")[1] == "-A PREROUTING -j FWC-early"
+
+    def test_failure_in_a_later_table(self, backend: Iptables) -> None:
+        """Where a later table is refused, the earlier ones are as they were."""
+        foreign(backend)
+        before = everything(backend)
+        ghost = Rule((InSet("source", "ghost.v6", 6),), Final.DROP, "block")
+
+        with pytest.raises(HostRefused, match="ghost6"):
+            runner.execute(backend.load(everywhere(early=(ghost,))))
+        empty = r"^\*(raw|mangle|nat)\n(:\w+ ACCEPT \n)*COMMIT\n"  # what a legacy table once used, and an nft one, leave
+        native = r"^table ip6? (raw|mangle|nat) \{\n(\tchain \w+ \{\n\t\t.*\n\t\}\n\n?)*\}\n"
+        left, was = (re.sub(native, "", re.sub(empty, "", text, flags=re.M), flags=re.M) for text in (everything(backend), before))
+        assert was == left
+
+    def test_back_to_one_table(self, backend: Iptables) -> None:
+        """Tables that a policy needs no more are left as they would be without us; their content goes before filter changes."""
+        runner.execute(backend.load(everywhere()))
+        aim = wanted(backend, policy())
+        steps = backend.update(listed(backend), aim, ())
+        runner.execute(steps)
+
+        assert aim == replace(listed(backend), sets=aim.sets)
+        saved = re.findall(r"^\*(\w+)", shell(f"iptables-{backend.variant}-save"), re.M)
+        assert set(saved) == ({"filter"} if backend.variant == "nft" else {"filter", "raw", "mangle", "nat"})
+        assert not backend.update(listed(backend), aim, ())
+
+    def test_remove(self, backend: Iptables) -> None:
+        """Removal leaves no trace in any table, whether others use them or not; in theirs at most an empty built-in chain."""
+        tables = "for t in raw mangle nat filter; do for p in iptables ip6tables; do $p-legacy -t $t -nL; done; done"
+        if backend.variant == "legacy":
+            shell(tables)
+        before = everything(backend)
+        runner.execute(backend.load(everywhere()))
+        runner.execute(backend.remove(listed(backend)))
+        assert before == everything(backend)
+
+        shell(f"iptables-{backend.variant} -t raw -A PREROUTING -s 192.0.2.9 -j ACCEPT")
+        shell(f"iptables-{backend.variant} -t raw -A OUTPUT -j DROP; iptables-{backend.variant} -t raw -F OUTPUT")
+        before = everything(backend)
+        runner.execute(backend.load(everywhere()))
+        runner.execute(backend.remove(listed(backend)))
+        assert before == everything(backend)
+
+    def test_reading_registers_nothing(self, backend: Iptables) -> None:
+        """Listing a host that uses one table only makes no other one."""
+        shell(f"iptables-{backend.variant} -A INPUT -j ACCEPT")
+        before = everything(backend)
+        listed(backend)
 
         assert before == everything(backend)

@@ -44,6 +44,7 @@ from fwcompiler.ruleset import (
     StateIn,
     TypeIn,
     Unknown,
+    Untrack,
     Verdict,
 )
 from fwcompiler.second_reading import READER, compare
@@ -291,6 +292,30 @@ class TestAgreement:
         assert not ours
         assert not theirs
         assert [Path(name).read_text(encoding="ascii") for name in TABLES if Path(name).exists()] == ["", ""]
+
+
+class TestOtherTables:
+    """Chains of ours outside of table filter."""
+
+    @pytest.mark.usefixtures("inside")
+    def test_agree(self) -> None:
+        """Both readings see the same chains in raw, mangle and nat, and the same difference when one is changed."""
+        media = Rule((PortIn("source", "udp", (10000, 20000)),), Untrack())
+        chains = (
+            Chain("service.sip", (Rule((), Final.DROP, "sip"),)),
+            Chain("early", (Rule((PortIn("destination", "udp", (5060, 5060)),), Goto("service.sip")),), Hook("prerouting", -300, "accept")),
+            Chain("media", (media,), Hook("output", -300, "accept")),
+            Chain("marks", (Rule((), Final.RETURN),), Hook("output", -150, "accept", "route")),
+            Chain("nat", (Rule((), Final.RETURN),), Hook("prerouting", -100, "accept", "nat")),
+            Chain("input", (Rule((), Goto("service.sip")),), Hook("input")),
+        )
+        runner.execute(legacy.load(Ruleset(chains)))
+        ours, theirs = readings()
+
+        assert {"raw/service.sip", "service.sip", "raw/OUTPUT", "mangle/marks", "nat/PREROUTING"} <= {c.name for c in ours.chains}
+        assert compare(ours, theirs) is None
+        shell("iptables-legacy -t raw -A FWC-s.sip -j ACCEPT")
+        assert "raw/service.sip" in (compare(ours, readings()[1]) or "")
 
 
 class TestReadingOnly:

@@ -14,6 +14,7 @@ from fwcompiler.ruleset import (
     Family,
     Final,
     Goto,
+    Hook,
     InRanges,
     InSet,
     Jump,
@@ -23,6 +24,7 @@ from fwcompiler.ruleset import (
     Rule,
     TypeIn,
     Unknown,
+    Untrack,
 )
 
 SETS = """Name: fwc-carriers4
@@ -47,7 +49,7 @@ def save(*lines: str, policy: str = "ACCEPT") -> str:
     """One family's listing with these lines in table filter, among other tables."""
     chains = sorted({line.split("-A ")[1].split()[0] for line in lines if "-A FWC-" in line})
     head = [f":{chain} - [0:0]" for chain in chains]
-    other = ["*nat", ":FWC-x - [0:0]", "[0:0] -A FWC-x -j ACCEPT", "COMMIT"]
+    other = ["*nat", ":DOCKER - [0:0]", "[0:0] -A DOCKER -j ACCEPT", "COMMIT", "*security", ":FWC-x - [0:0]", "COMMIT"]
     return "\n".join(("# Generated", *other, "*filter", f":INPUT {policy} [5:60]", ":FORWARD ACCEPT [0:0]", *head, *lines, "COMMIT", ""))
 
 
@@ -76,6 +78,8 @@ class TestRules:
             ("-m comment --comment -j -j DROP", Rule((Family(4),), Final.DROP, "-j")),
             ('-m comment --comment "say \\"hi\\" -m x" -j DROP', Rule((Family(4),), Final.DROP, 'say "hi" -m x')),
             ("", Rule((Family(4),))),
+            ("-j CT --notrack", Rule((Family(4),), Untrack())),
+            ("-j NOTRACK", Rule((Family(4),), Untrack())),
             ("-m set ! --match-set fwc-carriers4 dst", Rule((InSet("destination", "carriers.v4", 4, negated=True),))),
         ],
     )
@@ -151,6 +155,27 @@ class TestAround:
         ]
 
         assert [o.file if o else None for o in origins] == [ALONE, None, None]
+
+    def test_tables(self) -> None:
+        """Chains of one name in several tables are chains of their own, and so are the built-in chains that lead to them."""
+        raw = "*raw\n:PREROUTING ACCEPT [0:0]\n:FWC-x - [0:0]\n[1:2] -A PREROUTING -j FWC-x\n[0:0] -A FWC-x -g FWC-s.a\nCOMMIT\n"
+        filtering = save("[0:0] -A INPUT -j FWC-x", "[3:4] -A FWC-x -j DROP")
+        ruleset = parse_listing((raw + filtering, ""), "")
+
+        assert {c.name: c.hook for c in ruleset.chains if c.hook} == {
+            "INPUT": Hook("input", 0, "accept"),
+            "raw/PREROUTING": Hook("prerouting", -300, "accept"),
+        }
+        assert ruleset.chain("raw/PREROUTING").rules == (Rule((Family(4),), Jump("raw/x")),)
+        assert ruleset.chain("raw/x").rules == (Rule((Family(4),), Goto("raw/service.a")),)
+        assert ruleset.chain("x").rules == (Rule((Family(4),), Final.DROP),)
+
+    def test_bypass(self) -> None:
+        """What accepts before our jump is named, for a built-in chain that leads to us."""
+        jump, accept = "[0:0] -A INPUT -j FWC-x", "[0:0] -A {} -p tcp -j ACCEPT"
+        lines = (accept.format("INPUT"), jump, accept.format("INPUT"), accept.format("FORWARD"), "[0:0] -A FWC-x -j DROP")
+
+        assert parse_listing((save(*lines), ""), "").bypass == ("IPv4, before our jump: -A INPUT -p tcp -j ACCEPT",)
 
     def test_nothing(self) -> None:
         """No output at all, and tables without anything of ours, are an empty ruleset."""

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 from fwcompiler_iptables import legacy, nft
 from fwcompiler_iptables.parse import tokenize
-from fwcompiler_iptables.render import chain_name, neutral_chain, neutral_set, quote, set_name, sets_text, specs
+from fwcompiler_iptables.render import neutral_set, quote, set_name, sets_text, specs
+from fwcompiler_iptables.tables import BUILT_IN, chain_name, hook_of, neutral_chain, table_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -34,6 +35,7 @@ from fwcompiler.ruleset import (
     StateIn,
     TypeIn,
     Unknown,
+    Untrack,
 )
 
 NAMES = st.from_regex(r"[A-Za-z][A-Za-z0-9_-]{0,19}", fullmatch=True)
@@ -67,8 +69,20 @@ class TestNames:
 
     @given(st.from_regex(r"FWC-[A-Za-z0-9._-]{0,24}", fullmatch=True))
     def test_any_kernel_chain(self, kernel: str) -> None:
-        """Every chain with our prefix, also one that fwc never makes, has a neutral name of its own."""
-        assert chain_name(neutral_chain(kernel)) == kernel
+        """Every chain with our prefix, also one that fwc never makes, has a neutral name of its own in every table."""
+        names = {table: neutral_chain(kernel, table) for table in BUILT_IN}
+
+        assert {chain_name(name) for name in names.values()} == {kernel}
+        assert len(set(names.values())) == len(BUILT_IN)
+
+    def test_hooks(self) -> None:
+        """Every built-in chain of every table has a hook of its own, and the hook leads back to the table."""
+        hooks = {(table, chain): hook_of(table, chain) for table, chains in BUILT_IN.items() for chain in chains.values()}
+
+        assert len(set(hooks.values())) == 14
+        assert all(hook and table_of(hook) == table for (table, _), hook in hooks.items())
+        assert hook_of("raw", "INPUT") is None
+        assert table_of(Hook("prerouting", 0)) is None
 
     def test_not_ours(self) -> None:
         """A set name that fwc would not choose is not translated."""
@@ -145,6 +159,47 @@ class TestTexts:
         assert "--ctstate ESTABLISHED,NEW,RELATED,UNTRACKED" in nft.render(ruleset(states)).files["fwc.v6"]
 
 
+class TestTables:
+    """Chains in the tables that their hooks ask for."""
+
+    BOTH = Ruleset(
+        (
+            Chain("service.sip", (Rule((), Final.DROP, "sip"),)),
+            Chain("service.ssh", (Rule((), Final.ACCEPT, "ssh"),)),
+            Chain("early", (Rule((PortIn("destination", "udp", (5060, 5060)),), Goto("service.sip")),), Hook("prerouting", -300, "accept")),
+            Chain("input", (Rule((), Goto("service.sip")), Rule((), Goto("service.ssh"))), Hook("input")),
+        )
+    )
+
+    def test_placed(self) -> None:
+        """A chain that two tables lead to is in both, one that one leads to in this one only; filter comes first."""
+        filtering, raw = nft.render(self.BOTH).files["fwc.v4"].split("COMMIT\n")[:2]
+
+        assert filtering.startswith("*filter\n:FWC-input")
+        assert raw.splitlines() == [
+            "*raw",
+            ":FWC-early - [0:0]",
+            ":FWC-s.sip - [0:0]",
+            "-A FWC-early -p udp -m udp --dport 5060 -g FWC-s.sip",
+            "-A FWC-s.sip -m comment --comment sip -j DROP",
+            "-I PREROUTING 1 -j FWC-early",
+        ]
+
+    def test_order(self) -> None:
+        """Loading changes filter before the rest; a table that goes altogether goes before filter changes, and so on removal."""
+        fewer = replace(self.BOTH, chains=(*self.BOTH.chains[:2], replace(self.BOTH.chains[3], rules=self.BOTH.chains[3].rules[1:])))
+        orders = [
+            [s.do.stdin.split("\n")[0] for s in steps if isinstance(s.do, Command) and "--noflush" in s.do.argv]
+            for steps in (legacy.load(self.BOTH), legacy.update(self.BOTH, fewer, ()), legacy.remove(self.BOTH))
+        ]
+
+        assert orders == [
+            ["*filter", "*filter", "*raw", "*raw"],
+            ["*raw", "*raw", "*filter", "*filter"],
+            ["*raw", "*raw", "*filter", "*filter"],
+        ]
+
+
 class TestRefuse:
     """What iptables would wrap, widen or cut is refused with the policy's line."""
 
@@ -207,11 +262,26 @@ class TestRefuse:
             Chain("s.x", ()),
             Chain("FWC-x", ()),
             Chain("c" * 26, ()),
-            Chain("pre", (), Hook("prerouting", -300)),
+            Chain("pre", (), Hook("prerouting", -299)),
         )
 
         assert len(nft.refuse(Ruleset((), sets))) == 5
         assert [f.code for f in nft.refuse(Ruleset(chains))] == ["name", "name", "name", "name", "value"]
+
+    def test_tables(self) -> None:
+        """What a table cannot do is refused with the policy's line, and so is a hook that no table has."""
+        drop, untrack = Rule((), Final.DROP, origin=AT), Rule((), Untrack(), origin=AT)
+        for rule, hook, word in (
+            (drop, Hook("prerouting", -100, "accept", "nat"), "cannot drop in table nat"),
+            (Rule((), Final.REJECT, origin=AT), Hook("prerouting", -300, "accept"), "cannot reject in table raw"),
+            (untrack, Hook("input"), "in table raw only"),
+            (drop, Hook("prerouting", -200, "accept"), "no chain at hook prerouting with priority -200"),
+            (drop, Hook("output", -150, "accept", "filter"), "no chain at hook output"),
+        ):
+            finding = nft.refuse(Ruleset((Chain("x", (rule,), hook),)))[0]
+            assert word in finding.message
+            assert finding.at == AT
+        assert not nft.refuse(Ruleset((Chain("x", (untrack, drop), Hook("output", -300, "accept")),)))
 
     def test_nothing_to_say(self) -> None:
         """An ordinary ruleset is not refused, nor the form in which a kernel gives one back."""
