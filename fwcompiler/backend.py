@@ -74,6 +74,14 @@ class SetChange:
     remove: Ranges
 
 
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A listing that somebody saved: its text, and the name of the file that positions are told with."""
+
+    file: str
+    text: str
+
+
 @runtime_checkable
 class Backend(Protocol):
     """The seam. `name` is what `--backend` takes."""
@@ -113,13 +121,20 @@ class Backend(Protocol):
     def remove(self, live: Ruleset) -> Sequence[Step]:
         """Steps that take out everything of ours."""
 
-    def foreign(self, text: str, version: int, file: str) -> Ruleset:
-        """Anybody's rules, from a listing in this backend's form that somebody saved as `file`. Sets come with content.
+    def foreign(self, saved: Sequence[Saved], ours: Ruleset | None = None) -> Ruleset:
+        """Anybody's rules, from listings in this backend's form. Sets come with content, as far as the listings hold it.
 
-        `version`: the family, where the listing is of one and does not say which.
+        ``ours``: stands for whatever the listings hold of fwc, in the places where that stood; an empty ruleset leaves it out.
 
         Raises:
-            ValueError: the text is no such listing.
+            ValueError: a text is no such listing.
+        """
+
+    def own(self, saved: Sequence[Saved]) -> Ruleset:
+        """The rules of fwc in saved listings, sets with their content and dynamic members; empty where there are none.
+
+        Raises:
+            ValueError: a text is no such listing, or holds our rules without the content of their sets.
         """
 
     def counters(self, outputs: Sequence[str]) -> Mapping[str, tuple[int, int]]:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast, get_args
 
 from fwcompiler.addresses import AddressError, parse_address
-from fwcompiler.diagnostics import Report, UsageError, did_you_mean
-from fwcompiler.foreign import detect
+from fwcompiler.diagnostics import UsageError, did_you_mean
+from fwcompiler.listing import HOW, read_listing
 from fwcompiler.pipeline import Host, observe
 from fwcompiler.ports import PortError, parse_ports
 from fwcompiler.proof.ask import Answer, Candidate, ask
@@ -15,10 +15,8 @@ from fwcompiler.proof.describe import packet_text, rule_text
 from fwcompiler.proof.fields import Packet, packet_to
 from fwcompiler.proof.meaning import Explanation
 from fwcompiler.proof.trace import Decision, trace
-from fwcompiler.registry import load
 from fwcompiler.report import explain_json
 from fwcompiler.ruleset import BUILT_IN, State
-from fwcompiler.source import read_file
 
 if TYPE_CHECKING:
     from fwcompiler.shapes import ListingExplainShape, LiveExplainShape
@@ -134,21 +132,12 @@ def explain_listing(file: str, packet: Packet) -> Asked:
     Raises:
         UsageError: the file cannot be read, is no listing, or is one of the other address family.
     """
-    report = Report()
-    text = read_file(file, report)
-    if text is None:
-        raise UsageError(report.findings[0].message)
-    form = detect(text)
-    if form == "nft-text":
-        raise UsageError(f"`{file}` is no listing that can be read", hint="save one with `nft -j list ruleset` or `iptables-save`")
-    head = text[:4000]
-    version = 6 if "ip6tables-save" in head else 4 if "iptables-save" in head else packet.version
-    if form == "iptables-save" and version != packet.version:
-        raise UsageError(f"`{file}` is of IPv{version}, the packet of IPv{packet.version}")
-    try:
-        ruleset = load("nftables" if form == "nft-json" else "iptables-nft").foreign(text, version, file)
-    except ValueError as error:
-        raise UsageError(f"`{file}` is no listing that can be read: {error}") from error
+    listing = read_listing([file])
+    if listing is None:
+        raise UsageError(f"`{file}` is no listing that can be read", hint=HOW)
+    ruleset = listing.foreign()
+    if packet.version not in listing.versions(ruleset):
+        raise UsageError(f"`{file}` says nothing about IPv{packet.version}", hint=HOW)
     return Asked(packet, ask(ruleset, packet))
 
 

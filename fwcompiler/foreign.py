@@ -7,7 +7,8 @@ addresses) makes these tests stateful: each has a value of its own in every rule
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -17,6 +18,7 @@ from fwcompiler.ruleset import (
     AnyOf,
     Chain,
     Goto,
+    Hook,
     InRanges,
     InSet,
     Jump,
@@ -33,7 +35,7 @@ from fwcompiler.ruleset import (
     Unknown,
 )
 
-Form = Literal["iptables-save", "nft-json", "nft-text"]
+Form = Literal["iptables-save", "nft-json", "nft-text", "policy"]
 Grade = Literal["exact", "named", "unknown"]
 GRADES: tuple[Grade, ...] = ("exact", "named", "unknown")
 WITH_PORTS = (6, 17, 33, 132, 136)
@@ -44,13 +46,20 @@ LOCAL, BROADCAST = "destination type local", "destination type broadcast"
 FRAGMENT = "a fragment behind the first"
 
 
+_SAVED = re.compile(r"(?m)^\s*(\*[a-z]+\s*$|(-A|-P|-N|-I) \S|(\S*/)?ip6?tables\S*\s+-|(create|add) \S+ [a-z0-9.]+[:.]\S*)")
+_NFT_TEXT = re.compile(r"(?m)^\s*(add )?table\s+((ip|ip6|inet|arp|bridge|netdev)\s+)?\S+\s*\{")
+
+
 def detect(text: str) -> Form:
-    """The form of a listing: nft's JSON begins with a brace, iptables-save has lines with a star and a table's name."""
-    if text.lstrip().startswith(("{", "[")):
+    """The form of a listing, or that the text is a policy.
+
+    nft's JSON begins with a brace and is about `nftables`; iptables-save has lines with a star and a table's name.
+    """
+    if text.lstrip().startswith(("{", "[")) and '"nftables"' in text[:10_000]:
         return "nft-json"
-    lines = [line.strip() for line in text.splitlines()]
-    saved = any(line.startswith("*") and line[1:].strip().isidentifier() for line in lines)
-    return "iptables-save" if saved or any(line.startswith(("-A ", "-P ", "-N ")) for line in lines) else "nft-text"
+    if _SAVED.search(text):
+        return "iptables-save"
+    return "nft-text" if _NFT_TEXT.search(text) else "policy"
 
 
 def tcp_flags(mask: int, value: int) -> Opaque:
@@ -168,25 +177,106 @@ def _stateful(match: Match, changed: frozenset[str]) -> Match:
 
 @dataclass(frozen=True, slots=True)
 class _Names:
-    prefix: str
+    """Names of chains and sets with a label in front, where they would clash with somebody else's."""
+
+    label: str
+    sets: frozenset[str]
 
     def chain(self, chain: Chain) -> Chain:
-        return Chain(self.prefix + chain.name, tuple(self._rule(r) for r in chain.rules), chain.hook)
+        return Chain(self.label + chain.name, tuple(self._rule(r) for r in chain.rules), chain.hook)
+
+    def set(self, each: AddressSet) -> AddressSet:
+        return replace(each, name=self.label + each.name) if each.name in self.sets else each
 
     def _rule(self, rule: Rule) -> Rule:
         verdict = rule.verdict
         if isinstance(verdict, Goto | Jump):
-            verdict = replace(verdict, chain=self.prefix + verdict.chain)
-        return replace(rule, verdict=verdict)
+            verdict = replace(verdict, chain=self.label + verdict.chain)
+        matches = tuple(self._match(m) for m in rule.matches) if self.sets else rule.matches
+        return replace(rule, matches=matches, verdict=verdict)
+
+    def _match(self, match: Match) -> Match:
+        match match:
+            case InSet(_, name) if name in self.sets:
+                return replace(match, set=self.label + name)
+            case AnyOf(alternatives, negated):
+                return AnyOf(tuple(tuple(self._match(m) for m in each) for each in alternatives), negated)
+            case _:
+                return match
 
 
-def together(first: Ruleset, second: Ruleset) -> Ruleset:
+def together(first: Ruleset, second: Ruleset, label: str = "2:") -> Ruleset:
     """Two listings of one host (both families of iptables, or iptables beside nftables) as one ruleset.
 
-    Chains of the second get names of their own where they would clash; address sets of one name are one set.
+    Where names clash, the second's get the label in front; address sets that are the same stay one.
     """
+    known = {s.name: s for s in first.sets}
     names = {c.name for c in first.chains}
-    clash = any(c.name in names for c in second.chains)
-    chains: Sequence[Chain] = [_Names("2:").chain(c) for c in second.chains] if clash else second.chains
-    sets: dict[str, AddressSet] = {s.name: s for s in (*first.sets, *second.sets)}
-    return Ruleset((*first.chains, *chains), tuple(sets.values()), (*first.others, *second.others))
+    differing = frozenset(s.name for s in second.sets if s.name in known and s != known[s.name])
+    if differing or any(c.name in names for c in second.chains):
+        renamed = _Names(label, differing)
+        second = replace(second, chains=tuple(map(renamed.chain, second.chains)), sets=tuple(map(renamed.set, second.sets)))
+    known |= {s.name: s for s in second.sets}
+    return Ruleset((*first.chains, *second.chains), tuple(known.values()), (*first.others, *second.others))
+
+
+@dataclass(frozen=True, slots=True)
+class Stead:
+    """Puts our chains, as one ruleset has them, in the place of those that a listing of somebody's iptables has.
+
+    ``is_ours`` tells a chain of ours by its name in the listing, ``name`` says what it is called in ``ours``.
+    """
+
+    ours: Ruleset
+    is_ours: Callable[[str], bool]
+    name: Callable[[str], str]
+
+    def into(self, found: Ruleset) -> Ruleset:
+        """Our chains are called from where the listing calls them; where it does not, first of all, as an apply would do it."""
+        others = tuple(self._chain(c) for c in found.chains if not self.is_ours(c.name))
+        kept = (self._left(c, found) if c.hook else c for c in self.ours.chains)
+        ours = tuple(c for c in kept if c is not None)
+        return Ruleset((*ours, *others), (*self.ours.sets, *found.sets), (*self.ours.others, *found.others))
+
+    def _chain(self, chain: Chain) -> Chain:
+        rules = tuple(r for r in map(self._rule, chain.rules) if r is not None)
+        base = next((c for c in self.ours.chains if _same_place(c.hook, chain.hook)), None)
+        if base is not None and not any(self._calls(r) for r in chain.rules):
+            rules = (*base.rules, *rules)
+        return replace(chain, rules=rules)
+
+    def _rule(self, rule: Rule) -> Rule | None:
+        if not isinstance(rule.verdict, Goto | Jump) or not self.is_ours(rule.verdict.chain):
+            return rule
+        called = self.name(rule.verdict.chain)
+        known = any(c.name == called for c in self.ours.chains)
+        return replace(rule, verdict=replace(rule.verdict, chain=called)) if known else None
+
+    def _calls(self, rule: Rule) -> bool:
+        return isinstance(rule.verdict, Goto | Jump) and self.is_ours(rule.verdict.chain)
+
+    def _left(self, base: Chain, found: Ruleset) -> Chain | None:
+        """A base chain of ours for the families of which the listing has no such chain."""
+        assert base.hook is not None
+        there = {c.hook.version for c in found.chains if c.hook and _same_place(c.hook, base.hook)}
+        missing = [] if None in there else [v for v in (4, 6) if v not in there]
+        if not missing:
+            return None
+        return base if len(missing) == 2 else replace(base, hook=replace(base.hook, version=missing[0]))
+
+
+def _same_place(first: Hook | None, second: Hook | None) -> bool:
+    """True for base chains that iptables keeps as one: both of a hook, of one table."""
+    return (
+        first is not None and second is not None and (first.name, first.priority, first.kind) == (second.name, second.priority, second.kind)
+    )
+
+
+def at_present(ruleset: Ruleset, *, but: frozenset[str] = frozenset()) -> Ruleset:
+    """The ruleset at the moment it was read: who comes and goes in its sets is who was there. ``but``: names of sets left alone."""
+    return replace(ruleset, sets=tuple(s if s.name in but else _at_present(s) for s in ruleset.sets))
+
+
+def _at_present(each: AddressSet) -> AddressSet:
+    members = ((address, address) for address, _ in each.members)
+    return replace(each, ranges=merged((*each.ranges, *members)), timeout=None, size=None, members=()) if each.dynamic else each

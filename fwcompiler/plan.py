@@ -17,7 +17,8 @@ MAX_ELEMENTS_SHOWN = 20
 class Plan:
     """The way from `live` to `wanted`: what it means, and what to run. No steps: in sync.
 
-    `replaces` names another backend whose rules are in force and go once these are.
+    `replaces` names another backend whose rules are in force and go once these are. `of_others`: `live` is not all that was
+    compared; rules that fwc did not write take part, and `access` is about the whole host. `notes`: what to know about it.
     """
 
     live: Ruleset
@@ -25,11 +26,13 @@ class Plan:
     steps: tuple[Step, ...]
     access: AccessChange
     replaces: str = ""
+    of_others: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def in_sync(self) -> bool:
-        """True when the kernel holds exactly what is wanted."""
-        return not self.steps and not self.replaces
+        """True when the kernel holds exactly what is wanted; beside rules of others, when nobody gains or loses access either."""
+        return not self.steps and not self.replaces and not (self.of_others and self.access)
 
     def changes(self, *, whole: bool = False) -> tuple[str, ...]:
         """The kernel changes, one line each, as they will be sent; long lists of elements are cut unless `whole`."""
@@ -41,7 +44,7 @@ class Plan:
 def make_plan(backend: Backend, live: Ruleset, wanted: Ruleset) -> Plan:
     """Plan the way from `live` to `wanted`; both were read from a kernel, sets with their content."""
     steps = tuple(backend.update(live, wanted, set_changes(live, wanted)) if live else backend.load(wanted))
-    access = compare(live, wanted) if steps else AccessChange((), ())
+    access = compare(live, wanted) if steps else AccessChange()
     return Plan(live, wanted, steps, access)
 
 

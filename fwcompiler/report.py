@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from fwcompiler.addresses import BITS, EVERYONE, Addresses
 from fwcompiler.diagnostics import Finding
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         FindingShape,
         TestShape,
         TestsShape,
+        UncertainShape,
         VerifyShape,
     )
 
@@ -52,8 +53,14 @@ def diff_json(plan: Plan) -> DiffShape:
         "in_sync": plan.in_sync,
         "gained": [access_json(a) for a in plan.access.gained],
         "lost": [access_json(a) for a in plan.access.lost],
+        "uncertain": [*_uncertain("gained", plan.access.perhaps_gained), *_uncertain("lost", plan.access.perhaps_lost)],
         "changes": list(plan.changes(whole=True)),
+        "notes": list(plan.notes),
     }
+
+
+def _uncertain(change: Literal["gained", "lost"], parts: Iterable[Access]) -> list[UncertainShape]:
+    return [{"from": a.sources(), "to": a.to, "service": a.service, "change": change, "depends": list(a.depends)} for a in parts]
 
 
 def explain_json(explanation: Explanation) -> ExplainShape:
@@ -119,28 +126,38 @@ def tests_text(found: Sequence[tuple[ResolvedTest, str]]) -> str:
 def diff_text(plan: Plan, policy: Resolved | None, *, color: bool, whole: bool = False) -> str:
     """Access gained and lost in the policy's words, then the kernel changes."""
     if plan.in_sync:
-        return "in sync: the kernel holds exactly this policy"
+        return "\n".join(
+            (*plan.notes, "in sync: the kernel holds exactly this policy" if not plan.of_others else "nobody gains or loses access")
+        )
     green, red, bold, off = ("\033[32m", "\033[31m", "\033[1m", "\033[0m") if color else ("",) * 4
-    lines: list[str] = []
-    if not plan.live:
+    lines: list[str] = list(plan.notes)
+    if not plan.live and not plan.of_others:
         lines.append("nothing of fwc is loaded yet; this policy grants what follows, and everything else will be dropped")
-    for title, sign, tint, parts in (("gained", "+", green, plan.access.gained), ("lost", "-", red, plan.access.lost)):
+    access = plan.access
+    for title, sign, may, parts in (
+        ("access gained", f"{green}+{off}", "may reach", access.gained),
+        ("access lost", f"{red}-{off}", "may no longer reach", access.lost),
+        ("access perhaps gained", f"{green}?{off}", "may reach", access.perhaps_gained),
+        ("access perhaps lost", f"{red}?{off}", "may no longer reach", access.perhaps_lost),
+    ):
         if parts:
-            lines.append(f"{bold}access {title}{off}")
-            may = "may reach" if sign == "+" else "may no longer reach"
-            lines += [f"  {text}" for text in access_lines(parts, policy, f"{tint}{sign}{off}", may)]
-    if not plan.access.gained and not plan.access.lost:
+            lines.append(f"{bold}{title}{off}")
+            lines += [f"  {text}" for text in access_lines(parts, policy, sign, may)]
+    if not access:
         lines.append("no new connection gains or loses access")
-    lines.append(f"{bold}kernel changes{off}")
-    if not plan.live and not whole:
-        lines.append(f"  {_load_text(plan)} (every line with -v)")
+    if not plan.steps and not plan.replaces:
         return "\n".join(lines)
+    lines.append(f"{bold}kernel changes{off}")
+    return "\n".join((*lines, *_change_lines(plan, whole=whole)))
+
+
+def _change_lines(plan: Plan, *, whole: bool) -> list[str]:
+    if not plan.live and not whole:
+        return [f"  {_load_text(plan)} (every line with -v)"]
     changes = plan.changes(whole=whole)
     shown = changes if whole else changes[:MAX_LINES]
-    lines += [f"  {line if whole else _cut(line)}" for line in shown]
-    if len(changes) > len(shown):
-        lines.append(f"  and {len(changes) - len(shown)} more lines (all of them with -v)")
-    return "\n".join(lines)
+    lines = [f"  {line if whole else _cut(line)}" for line in shown]
+    return [*lines, f"  and {len(changes) - len(shown)} more lines (all of them with -v)"] if len(changes) > len(shown) else lines
 
 
 def _load_text(plan: Plan) -> str:
@@ -160,13 +177,14 @@ def access_lines(parts: Iterable[Access], policy: Resolved | None, sign: str, ma
 
     Sources that are part of one group have its name in front: `carriers: + 198.51.100.64/28 may reach sip udp/5060`.
     """
-    together: dict[tuple[str, str | None], list[str]] = {}
+    together: dict[tuple[str, str | None, tuple[str, ...]], list[str]] = {}
     for part in parts:
         who = _who(part, policy)
         inside = "" if who in (policy.groups if policy else ()) else _inside(part, policy)
-        together.setdefault((f"{inside}{sign} {who}", part.service), []).append(part.to)
-    for (who, service), ports in together.items():
-        yield f"{who} {may} {service + ' ' if service else ''}{', '.join(ports)}"
+        together.setdefault((f"{inside}{sign} {who}", part.service, part.depends), []).append(part.to)
+    for (who, service, depends), ports in together.items():
+        on = f"; it depends on {_cut('; '.join(depends))}" if depends else ""
+        yield f"{who} {may} {service + ' ' if service else ''}{', '.join(ports)}{on}"
 
 
 def _who(access: Access, policy: Resolved | None) -> str:

@@ -29,13 +29,25 @@ AccessShape = TypedDict("AccessShape", {"from": list[str], "to": str, "service":
 """`from`: prefixes, ranges `a-b` or `anywhere`; `to`: a protocol with a port or range; `service`: None for none of the policy."""
 
 
+UncertainShape = TypedDict(
+    "UncertainShape",
+    {"from": list[str], "to": str, "service": str | None, "change": Literal["gained", "lost"], "depends": list[str]},
+)
+"""Access that may be gained or lost: whether it is depends on what a rule asks that nobody can tell."""
+
+
 class DiffShape(TypedDict):
-    """`diff --json` and `apply --dry-run --json`."""
+    """`diff --json` and `apply --dry-run --json`. `gained` and `lost` are certain, `uncertain` may be either way.
+
+    `notes` says what was not compared, and what of a listing was not understood.
+    """
 
     in_sync: bool
     gained: list[AccessShape]
     lost: list[AccessShape]
+    uncertain: list[UncertainShape]
     changes: list[str]
+    notes: list[str]
 
 
 class ApplyShape(DiffShape):

@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from fwcompiler.addresses import Ranges, merged, prefixes, subtract
-from fwcompiler.backend import Command, Do, Fill, Rendered, SetChange, SetKind, Step
+from fwcompiler.backend import Command, Do, Fill, Rendered, Saved, SetChange, SetKind, Step
 from fwcompiler.diagnostics import Finding
 from fwcompiler.ruleset import AddressSet, InSet, Rule, Ruleset
 from fwcompiler_iptables import render
-from fwcompiler_iptables.foreign import read_save
 from fwcompiler_iptables.parse import ALONE, parse_listing
 from fwcompiler_iptables.render import Lines, create_words, member_lines, set_name, specs
+from fwcompiler_iptables.saved import read_foreign, read_own
 from fwcompiler_iptables.tables import BUILT_IN, NOTHING, Tables, chain_name, order, tables
 
 VERSIONS = (4, 6)
@@ -73,9 +73,13 @@ class Iptables:
                     sums[rule.counter] = packets + rule.count[0], octets + rule.count[1]
         return sums
 
-    def foreign(self, text: str, version: int, file: str) -> Ruleset:
-        """See `fwcompiler_iptables.foreign`."""
-        return read_save(text, version, None, file)
+    def foreign(self, saved: Sequence[Saved], ours: Ruleset | None = None) -> Ruleset:
+        """See `fwcompiler_iptables.saved`."""
+        return read_foreign(saved, ours)
+
+    def own(self, saved: Sequence[Saved]) -> Ruleset:
+        """See `fwcompiler_iptables.saved`."""
+        return read_own(saved)
 
     def update(self, live: Ruleset, wanted: Ruleset, changes: Sequence[SetChange]) -> Sequence[Step]:
         """Only what differs; see the module's head for how rules and contents change together.

@@ -11,12 +11,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from fwcompiler.backend import Command, Fill, Rendered, SetChange, Step
+from fwcompiler.backend import Command, Fill, Rendered, Saved, SetChange, Step
 from fwcompiler.diagnostics import Finding, Position
 from fwcompiler.ruleset import AddressSet, Chain, Foreign, InSet, Rule, Ruleset, Translate, Undecided, Unknown
-from fwcompiler_nftables.foreign import read_nft
 from fwcompiler_nftables.parse import STRAY, parse_listing, read_counters
 from fwcompiler_nftables.render import TABLE, Line, elements, hook_spec, member_text, rule_lines, set_spec, table_text
+from fwcompiler_nftables.saved import read_foreign, read_own
 
 INLINE = 500
 """Entries up to which a set's content is written into the transaction's text."""
@@ -66,9 +66,13 @@ class Nftables:
         """The named counters of the table."""
         return read_counters(outputs[0])
 
-    def foreign(self, text: str, version: int, file: str) -> Ruleset:  # noqa: ARG002 - nft lists both families
-        """See `fwcompiler_nftables.foreign`."""
-        return read_nft(text, file)
+    def foreign(self, saved: Sequence[Saved], ours: Ruleset | None = None) -> Ruleset:
+        """See `fwcompiler_nftables.saved`."""
+        return read_foreign(saved, ours)
+
+    def own(self, saved: Sequence[Saved]) -> Ruleset:
+        """See `fwcompiler_nftables.saved`."""
+        return read_own(saved)
 
     def update(self, live: Ruleset, wanted: Ruleset, changes: Sequence[SetChange]) -> Sequence[Step]:
         """Only what differs; see the module's head for how rules and contents change together."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,27 +24,53 @@ from fwcompiler.commands.app import (
 )
 from fwcompiler.diagnostics import EXIT_DIFFERS, EXIT_OK
 
+if TYPE_CHECKING:
+    from fwcompiler.pipeline import Compiled, Host
+    from fwcompiler.plan import Plan
+
 
 @app.command()
 def diff(
     context: typer.Context,
     policy: PolicyFile,
-    against: Annotated[str, typer.Option(help="What to compare with: `live`, `applied`, or the file of another policy.")] = "live",
+    against: Annotated[
+        list[str],
+        typer.Option(
+            help="What to compare with: `live`, `applied`, the file of another policy, or a saved listing: `nft -j list ruleset`, "
+            "`iptables-save`, whoever wrote the rules. May be said again where a host's listing is in several files."
+        ),
+    ] = ["live"],  # noqa: B006 - typer reads it as the default and copies it
     no_proof: NoProof = False,
 ) -> int:
     """Show what an apply would change: access gained and lost, then the kernel changes."""
-    from fwcompiler.pipeline import compare_with, plan
+    from fwcompiler.pipeline import plan
 
     options: Options = context.obj
     compiled = compiled_policy(policy, options)
     with chosen_host(options) as host:
         proof = proof_wanted(no_proof)
-        planned = plan(compiled, host, proof=proof)[0] if against == "live" else compare_with(compiled, host, against, proof=proof)
-    if against != "live" and planned.in_sync and not options.json:
-        print(f"no difference to {against}")
+        planned = plan(compiled, host, proof=proof)[0] if against == ["live"] else _compared(compiled, host, against, proof=proof)
+    if against != ["live"] and planned.in_sync and not options.json:
+        if not options.quiet:
+            print("\n".join((*planned.notes, f"no difference to {' and '.join(against)}")))
         return EXIT_OK
     show_plan(planned, compiled, options)
     return EXIT_OK if planned.in_sync else EXIT_DIFFERS
+
+
+def _compared(compiled: Compiled, host: Host, against: list[str], *, proof: bool) -> Plan:
+    """The way from a recorded generation, another policy or saved listings."""
+    from pathlib import Path
+
+    from fwcompiler.listing import compare_with_listing, read_listing
+    from fwcompiler.pipeline import compare_with
+
+    if len(against) == 1 and (against[0] in ("live", "applied") or not Path(against[0]).is_file()):
+        return compare_with(compiled, host, against[0], proof=proof)
+    listing = read_listing(against)
+    if listing is None:
+        return compare_with(compiled, host, against[0], proof=proof)
+    return compare_with_listing(compiled, host, listing, proof=proof)
 
 
 @app.command()

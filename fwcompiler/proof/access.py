@@ -20,11 +20,15 @@ OTHER_PROTOCOL = 253
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """Sources that may open one range of ports of one protocol, through one service."""
+    """Sources that may open one range of ports of one protocol, through one service.
+
+    `depends`: what else rules ask that decides whether they may; where there is nothing, it is certain.
+    """
 
     addresses: Addresses
     to: str
     service: str | None
+    depends: tuple[str, ...] = ()
 
     def sources(self) -> list[str]:
         """Prefixes and ranges, or `anywhere` where it is truly every address that a packet can come from."""
@@ -33,10 +37,15 @@ class Access:
 
 @dataclass(frozen=True, slots=True)
 class AccessChange:
-    """Access gained and lost on the way from one ruleset to another."""
+    """Access gained and lost on the way from one ruleset to another, and what may be gained or lost beside."""
 
-    gained: tuple[Access, ...]
-    lost: tuple[Access, ...]
+    gained: tuple[Access, ...] = ()
+    lost: tuple[Access, ...] = ()
+    perhaps_gained: tuple[Access, ...] = ()
+    perhaps_lost: tuple[Access, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.gained or self.lost or self.perhaps_gained or self.perhaps_lost)
 
 
 def compare(before: Ruleset, after: Ruleset) -> AccessChange:

@@ -16,7 +16,9 @@ from itertools import accumulate, pairwise
 from operator import or_, xor
 
 ACCEPT, DROP, REJECT, RETURN = -1, -2, -3, -4
-VERDICTS = {ACCEPT: "accept", DROP: "drop", REJECT: "reject"}
+ELSEWHERE = -5
+"""Accepted, but not for this host: a rule gave the packet another destination, and it is sent on."""
+VERDICTS = {ACCEPT: "accept", DROP: "drop", REJECT: "reject", ELSEWHERE: "send on"}
 NO_CHAIN = -1
 STEPS = 20_000_000
 MANY = 12

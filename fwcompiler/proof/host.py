@@ -11,7 +11,7 @@ For later packets of a connection nobody knows whether the first was rewritten; 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fwcompiler.addresses import LAST, LOOPBACK, Ranges, intersect, subtract
 from fwcompiler.proof.compose import Composed, Program
@@ -45,6 +45,8 @@ _GO_ON, _DONE = -11, -12
 _NAT = {"prerouting": -100, "output": -100, "input": 100, "postrouting": 100}
 _FINAL = {Final.ACCEPT: ACCEPT, Final.DROP: DROP, Final.REJECT: REJECT, Final.RETURN: RETURN}
 
+Told = Callable[[str], Condition | bool | None]
+"""What is known of an atom: that it holds or does not, or under which condition; None: nothing."""
 Masks = Callable[[Sequence[Condition]], Mapping[int, int] | None]
 """Conditions as masks by field; None where they can not hold."""
 
@@ -129,7 +131,7 @@ class HostProgram(Program):
     def _stage(self, number: int, rests: Sequence[int], diagrams: Diagrams, space: Space) -> int:
         """The diagram from one stage on. `rests`: those from the next stage on."""
         stage, rest = self.stages[number], rests[0]
-        masks = place_in(space)
+        masks = self._masks(space)
         if stage.untracks:
             bit = 1 << STATES.index("untracked")
             behind = assign(diagrams, rest, STATE, bit)
@@ -137,10 +139,18 @@ class HostProgram(Program):
             rest = graft(diagrams, graft(diagrams, where, _GO_ON, rest), UNTRACKED, behind)
         root = relabel(diagrams, stage.root(diagrams, masks), {ACCEPT: _GO_ON})
         for terminal, each in stage.translations.items():
-            after = _rewrite(diagrams, space, each, rests[self._behind_nat(number) - number - 1], stage.hook)
+            after = self._translated(number, each, rests, diagrams, space)
             root = graft(diagrams, root, terminal, relabel(diagrams, after, {ACCEPT: _DONE}))
         root = graft(diagrams, root, _GO_ON, relabel(diagrams, rest, {ACCEPT: _DONE}))
         return relabel(diagrams, root, {_DONE: ACCEPT})
+
+    def _masks(self, space: Space) -> Masks:
+        """How conditions are placed; a subclass may know more."""
+        return place_in(space)
+
+    def _translated(self, number: int, translation: Translate, rests: Sequence[int], diagrams: Diagrams, space: Space) -> int:
+        """What becomes of a packet that a stage translates. `rests`: the diagrams from the next stage on."""
+        return rewrite(diagrams, space, translation, rests[self._behind_nat(number) - number - 1], self.stages[number].hook)
 
     def _behind_nat(self, number: int) -> int:
         """The first stage behind the nat chains of this hook."""
@@ -150,12 +160,18 @@ class HostProgram(Program):
         return after
 
 
-def place_in(space: Space) -> Masks:
-    """Places conditions in a space; patterns of interfaces stand for all names in it that fit."""
+def place_in(space: Space, told: Told | None = None) -> Masks:
+    """Places conditions in a space; patterns of interfaces stand for all names in it that fit. ``told``: what is known of atoms."""
 
     def masks(conditions: Sequence[Condition]) -> Mapping[int, int] | None:
         found: dict[int, int] = {}
-        for condition in conditions:
+        for each in conditions:
+            truth = told(each.atom) if told and each.atom else None
+            if isinstance(truth, bool):
+                if truth == each.negated:
+                    return None
+                continue
+            condition = each if truth is None else replace(truth, negated=truth.negated != each.negated)
             if condition.field == INTERFACE and isinstance(condition.values, frozenset) and not condition.atom:
                 names = frozenset(n for n in space.interfaces if any(fits(p, n) for p in condition.values))
                 number, mask = space.place(Condition(INTERFACE, names, condition.negated))
@@ -169,7 +185,7 @@ def place_in(space: Space) -> Masks:
     return masks
 
 
-def _rewrite(diagrams: Diagrams, space: Space, translation: Translate, rest: int, hook: HookName) -> int:
+def rewrite(diagrams: Diagrams, space: Space, translation: Translate, rest: int, hook: HookName) -> int:
     """What happens to a packet of any kind after a translation."""
     side = (SOURCE, SOURCE_PORT) if translation.side == "source" else (DESTINATION, PORT)
     if translation.ports:

@@ -68,7 +68,7 @@ def differ(first: Program, second: Program, version: int) -> Difference | None:
         StepsExceeded: beyond what can be decided.
     """
     space = make_space(version, [*first.conditions(), *second.conditions()])
-    with _deep_enough(space):
+    with deep_enough(space):
         diagrams, *roots = _build(first, second, space)
         if roots[0] == roots[1]:
             return None
@@ -83,7 +83,7 @@ def differ(first: Program, second: Program, version: int) -> Difference | None:
 
 
 @contextmanager
-def _deep_enough(space: Space) -> Iterator[None]:
+def deep_enough(space: Space) -> Iterator[None]:
     """Diagrams are walked by recursion, one field at a time; every rule with a limit is a field of its own."""
     before = sys.getrecursionlimit()
     sys.setrecursionlimit(before + _FRAMES * (FIRST_ATOM + len(space.atoms)))
@@ -106,6 +106,8 @@ def _build(first: Program, second: Program, space: Space) -> tuple[Diagrams, int
 
 
 AGREE = -5
+_ENDS = 8
+"""More than there are verdicts: a pair of them is one number."""
 
 
 class _Differing:
@@ -197,9 +199,9 @@ class _Differing:
 
 
 def _pair(first: int, second: int) -> int:
-    return AGREE - 1 - (-first * 4 - second)
+    return AGREE - 1 - (-first * _ENDS - second)
 
 
 def _verdicts(pair: int) -> tuple[int, int]:
-    first, second = divmod(AGREE - 1 - pair, 4)
+    first, second = divmod(AGREE - 1 - pair, _ENDS)
     return -first, -second
