@@ -12,8 +12,13 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--update-cases` writes what fwc and the kernel say now into tests/cases: read the difference before keeping it."""
+    """`--update-cases` writes what fwc and the kernel say now into tests/cases: read the difference before keeping it.
+
+    `--oracle-packets` and `--oracle-seed` are told in tests/oracle/README.md.
+    """
     parser.addoption("--update-cases", action="store_true", help="rewrite the expectations in tests/cases from the real output")
+    parser.addoption("--oracle-packets", type=int, default=8000, help="packets that each backend's kernel is asked about")
+    parser.addoption("--oracle-seed", type=int, default=0, help="start of the random policies and packets")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -65,7 +65,16 @@ def entries(draw: Callable[..., Any]) -> str:
     return prefix_text(version, low & -(1 << (BITS[version] - length)), length)
 
 
-OWN = {f"own{n}": port for n, port in enumerate((5059, 5061, 30000, 65535))}
+OWN = {
+    "own0": ["tcp/5059"],
+    "own1": ["tcp/5061"],
+    "own2": ["tcp/30000", "udp/30000"],
+    "own3": ["tcp/65535"],
+    "own4": ["udp/31000-31007", "tcp/31000", "tcp/31002-31003"],
+    "own5": ["tcp/1-3", "udp/65534-65535"],
+}
+OVERRIDES = 40000
+"""Services of the catalogue that get other ports get them from here on, ten apart."""
 CATALOGUE_NAMES = sorted({*CATALOGUE} - {"sips", "iax2"})
 """`sips` has a port of `OWN`, and `iax2` one of `udptl`."""
 GROUPS = ("alpha", "beta", "gamma", "delta")
@@ -81,14 +90,16 @@ def documents(draw: Callable[..., Any]) -> dict[str, Any]:
         groups[name] = {"members": members, "dynamic": {"timeout": "1h", "max": 64}} if draw(st.integers(0, 3)) == 0 else members
     some = st.lists(st.sampled_from(names), min_size=1, max_size=3, unique=True)
     services: dict[str, Any] = {}
-    for name in draw(st.lists(st.sampled_from(CATALOGUE_NAMES), max_size=5, unique=True)):
+    for number, name in enumerate(draw(st.lists(st.sampled_from(CATALOGUE_NAMES), max_size=5, unique=True))):
         public = CATALOGUE[name].kind == "public"
         services[name] = {"from": "anywhere" if public and draw(st.booleans()) else draw(some)}
         if not public and draw(st.integers(0, 5)) == 0:
             services[name] = {"from": "anywhere", "expose": "on purpose"}
+        if name != "vrrp" and draw(st.integers(0, 4)) == 0:
+            first = OVERRIDES + 10 * number
+            services[name]["ports"] = [f"{CATALOGUE[name].ports[0].protocol}/{first}-{first + draw(st.integers(0, 9))}"]
     for name in draw(st.lists(st.sampled_from(sorted(OWN)), max_size=3, unique=True)):
-        ports = [f"tcp/{OWN[name]}"] + ([f"udp/{OWN[name]}"] if OWN[name] == 30000 else [])
-        services[name] = {"ports": ports, "from": draw(st.just("anywhere") | some), "expose": "on purpose"}
+        services[name] = {"ports": OWN[name], "from": draw(st.just("anywhere") | some), "expose": "on purpose"}
     document: dict[str, Any] = {"version": 1, "groups": groups, "services": services}
     if draw(st.booleans()):
         document["block"] = {"from": draw(some)}

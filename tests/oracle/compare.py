@@ -1,0 +1,144 @@
+"""One policy on one backend: what its meaning, the reading of its listing and the kernel say about many packets."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+import kernelspace
+import yaml
+from oracle.machine import Machine, machine
+from oracle.packets import Members, add_commands, members, packets, with_members
+from oracle.reading import Diagram, meant
+from oracle.wire import Probe
+from property.strategies import resolved
+
+from fwcompiler.addresses import address_text
+from fwcompiler.backend import Backend
+from fwcompiler.kernel import observe, runner
+from fwcompiler.lower import lower
+from fwcompiler.proof.describe import packet_text, rule_text
+from fwcompiler.proof.fields import Packet
+from fwcompiler.proof.meaning import Clause, clauses
+from fwcompiler.proof.trace import trace
+from fwcompiler.ruleset import Ruleset, State
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """A packet about which not all agree."""
+
+    packet: Packet
+    clause: Clause
+    traced: str
+    rule: str
+    diagram: str
+    kernel: str
+
+    def __str__(self) -> str:
+        packet = self.packet
+        destination = address_text(packet.version, packet.destination or 0)
+        return (
+            f"{packet_text(packet)}, to {destination}, source port {packet.source_port}\n"
+            f"  meaning {self.clause.verdict} ({self.clause.reason}), listing {self.traced} ({self.rule}), "
+            f"diagram {self.diagram}, kernel {self.kernel}"
+        )
+
+
+@dataclass
+class Tally:
+    """What a run looked at: it says nothing if it never met both verdicts in every state."""
+
+    sent: int = 0
+    arrived: int = 0
+    verdicts: Counter[tuple[State, str]] = field(default_factory=Counter)
+    clauses: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A kernel that holds no rules of fwc and says what a packet is, and one that holds those of a backend."""
+
+    backend: Backend
+    bare: Machine
+    ruled: Machine
+    tally: Tally = field(default_factory=Tally)
+
+    def try_policy(self, document: dict[str, Any], seed: int, count: int) -> list[Disagreement]:
+        """Load a policy, send packets, and name those about which not all agree.
+
+        Raises:
+            InvalidRun: reports of the kernel were lost.
+        """
+        random = Random(seed)
+        policy = resolved(document)
+        at_present = members(policy, random)
+        full = with_members(policy, at_present)
+        with self.loaded(lower(policy), at_present) as held:
+            return self.compare(clauses(full), held, packets(full, random, count))
+
+    @contextmanager
+    def loaded(self, ruleset: Ruleset, at_present: Members | None = None) -> Iterator[Ruleset]:
+        """Rules for the length of a block, and how the backend reads what the kernel lists."""
+        backend = self.backend
+        with self.ruled.space.entered():
+            runner.execute(backend.load(ruleset))
+            held = self.listed()
+            if at_present:
+                for argv in add_commands(backend.set_kind, held, at_present):
+                    kernelspace.run(argv)
+                held = self.listed()
+        try:
+            yield held
+        finally:
+            with self.ruled.space.entered():
+                runner.execute(backend.remove(held))
+
+    def listed(self) -> Ruleset:
+        """What the kernel holds, contents of sets included; to be called inside its namespace."""
+        listed = self.backend.parse(runner.outputs(self.backend.listing()))
+        kind = self.backend.set_kind
+        return Ruleset(listed.chains, tuple(observe.fill_in(kind, s, {}) for s in listed.sets), listed.others)
+
+    def compare(self, meaning: Sequence[Clause], held: Ruleset, probes: Sequence[Probe]) -> list[Disagreement]:
+        """What the meaning, two readings of a listing and the kernel say about packets, where that is not the same."""
+        states = self.bare.ask(probes)
+        kernel = self.ruled.ask(probes)
+        diagrams = {version: Diagram(held, version) for version in (4, 6)}
+        wrong = []
+        for probe, state, through in zip(probes, states, kernel, strict=True):
+            self.tally.sent += 1
+            if state is None:
+                assert through is None, f"{probe} arrives only where there are rules"
+                continue
+            packet = probe.packet(state)
+            clause, decision = meant(meaning, packet), trace(held, packet)
+            said = (clause.verdict, decision.verdict, diagrams[packet.version].verdict(packet), "accept" if through else "drop")
+            self._count(clause, packet)
+            if len(set(said)) > 1 or decision.unsure:
+                rule = rule_text(decision.rule) if decision.rule else "the end of the chain"
+                wrong.append(Disagreement(packet, clause, f"{said[1]}{' unsure' if decision.unsure else ''}", rule, said[2], said[3]))
+        return wrong
+
+    def _count(self, clause: Clause, packet: Packet) -> None:
+        self.tally.arrived += 1
+        self.tally.verdicts[packet.state, clause.verdict] += 1
+        reason = clause.reason.split(":")[0]
+        self.tally.clauses[reason.replace(clause.service, "SERVICE", 1) if clause.service else reason] += 1
+
+
+@contextmanager
+def bench(backend: Backend) -> Iterator[Bench]:
+    """Two kernels for a backend, for the length of a block."""
+    with ExitStack() as held:
+        yield Bench(backend, held.enter_context(machine()), held.enter_context(machine()))
+
+
+def report(document: dict[str, Any], wrong: Sequence[Disagreement], rerun: str) -> str:
+    """What a failing test prints: the policy, some of the packets with everybody's verdict, and how to see it again."""
+    shown = "\n".join(map(str, wrong[:8]))
+    return f"{len(wrong)} packets:\n{shown}\n\n{yaml.safe_dump(document, sort_keys=False)}\nagain: {rerun}"

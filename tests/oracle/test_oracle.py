@@ -1,0 +1,155 @@
+"""The kernel as oracle: random policies, random packets, and nobody may disagree about any of them.
+
+`README.md` beside this file tells how to run it for longer.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from random import Random
+from typing import Any
+
+import kernelspace
+import pytest
+from cli.harness import BACKENDS
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
+from oracle.compare import Bench, bench, report
+from oracle.machine import InvalidRun, machine
+from oracle.packets import HOST, packets, with_members
+from oracle.wire import TCP, UDP, Probe, Way
+from property.strategies import HOME, documents, resolved
+
+from fwcompiler.kernel import runner
+from fwcompiler.lower import lower
+from fwcompiler.proof.meaning import clauses
+from fwcompiler.registry import load
+from fwcompiler.ruleset import State
+
+PER_POLICY = 250
+CLAUSES = {
+    "the loopback interface is open",
+    "a loopback address may not come from outside",
+    "a loopback address may not be reached from outside",
+    "the block list has the source",
+    "the source is trusted",
+    "connection tracking finds the packet invalid",
+    "it belongs to an established connection",
+    "no service covers it",
+    "an ICMPv6 type that a host needs",
+    "ping is answered, at a limited rate",
+    "SERVICE names the source",
+    "SERVICE does not name the source",
+    "SERVICE is open to anywhere",
+    "SERVICE is open to anywhere (on purpose)",
+}
+"""What every run must have met, besides all states. ICMP errors over IPv4 are missing: they are related or invalid, so
+other clauses decide them before."""
+
+
+@pytest.fixture(autouse=True)
+def kernel(kernel_allowed: bool) -> None:
+    """Skips where this user may not make network namespaces."""
+    if not kernel_allowed:
+        pytest.skip("needs the right to make network namespaces (root)")
+
+
+@pytest.fixture(params=BACKENDS)
+def pair(request: pytest.FixtureRequest) -> Iterator[Bench]:
+    """Two kernels, for each backend."""
+    backend = load(request.param)
+    runner.require(backend.programs)
+    with bench(backend) as made:
+        yield made
+
+
+def test_nobody_disagrees(pair: Bench, pytestconfig: pytest.Config) -> None:
+    """Meaning, listing and kernel say the same about every packet of every policy, and the run met all there is to meet."""
+    packets, start = int(pytestconfig.getoption("--oracle-packets")), int(pytestconfig.getoption("--oracle-seed"))
+    rerun = f"pytest tests/oracle -k '{pair.backend.name}' --oracle-packets {packets} --oracle-seed {start}"
+    policies = -(-packets // PER_POLICY)
+
+    @seed(start)
+    @settings(max_examples=policies, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(documents(), st.integers(0, 2**32))
+    def run(document: dict[str, Any], number: int) -> None:
+        wrong = pair.try_policy(document, number, PER_POLICY)
+        if wrong:
+            pytest.fail(report(document, wrong, rerun))
+
+    run()
+
+    tally = pair.tally
+    assert tally.sent >= packets
+    assert tally.arrived > 0.7 * tally.sent
+    for state in ("new", "established", "related", "invalid", "untracked"):
+        assert tally.verdicts[state, "drop"] > 0, state
+        assert tally.verdicts[state, "accept"] > 0, state
+    assert set() == CLAUSES - set(tally.clauses)
+
+
+POLICY: dict[str, Any] = {
+    "version": 1,
+    "groups": {"alpha": ["10.0.0.0/28", "2001:db8::/124"]},
+    "services": {"ssh": {"from": ["alpha"]}, "rtp": {"from": "anywhere"}},
+}
+
+
+def planted(name: str) -> tuple[str, ...]:
+    """A rule that opens ssh to everybody, as somebody would type it."""
+    if name == "nftables":
+        return ("nft", "insert", "rule", "inet", "fwc", "input", "tcp", "dport", "22", "accept")
+    return (name, "-I", "FWC-input", "1", "-p", "tcp", "--dport", "22", "-j", "ACCEPT")
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["listed", "unlisted"])
+def test_a_wrong_rule_is_found(pair: Bench, told: bool) -> None:
+    """A rule that opens ssh is noticed, by whoever sees it: by the kernel, and by the readings where they read the listing after."""
+    policy = resolved(POLICY)
+    with pair.loaded(lower(policy)) as held, pair.ruled.space.entered():
+        kernelspace.run(planted(pair.backend.name))
+        wrong = pair.compare(clauses(policy), pair.listed() if told else held, packets(policy, Random(1), 1000))
+
+    assert len(wrong) > 10
+    for each in wrong:
+        assert (each.packet.protocol, each.packet.port, each.clause.verdict, each.kernel) == (6, 22, "drop", "accept")
+        assert (each.traced, each.diagram) == (("accept", "accept") if told else ("drop", "drop"))
+    text = report(POLICY, wrong, "this test")
+    assert "tcp/22" in text
+    assert "10.0.0.0/28" in text
+    assert "meaning drop" in text
+
+
+def test_lost_reports_make_a_run_invalid() -> None:
+    """Where the kernel has no room for its reports, silence must not be taken for a drop."""
+    probes = packets(with_members(resolved(POLICY), {}), Random(2), 400)
+    with machine() as small:
+        small._log.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        small._reports = lambda: iter(())  # type: ignore[method-assign]
+        small.ask(probes)
+        del small._reports
+
+        with pytest.raises(InvalidRun):
+            small.ask(probes)
+
+
+def test_the_kernel_calls_packets_what_they_are() -> None:
+    """Connections put into the table beforehand are known, in both directions, and nothing else is."""
+    wanted: dict[Way, State] = {
+        "alone": "new",
+        "original": "established",
+        "reply": "established",
+        "related": "related",
+        "broken": "invalid",
+    }
+    probes = [
+        Probe(version, HOME[version] + number, HOST[version], protocol, 5060, 40000 + number, 0, interface, way)
+        for version in (4, 6)
+        for protocol in (TCP, UDP)
+        for interface in ("eth0", "lo")
+        for number, way in enumerate(wanted)
+    ]
+    with machine() as bare:
+        assert bare.ask(probes) == [wanted[p.way] for p in probes]
+        assert bare.ask(probes) == [wanted[p.way] for p in probes], "no packet leaves a trace"
