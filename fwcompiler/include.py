@@ -1,7 +1,7 @@
 """Merges the files that a policy includes into one document, with every position kept.
 
-One rule: the file that includes wins over what it includes. Groups and services are taken whole, by name; so are
-`block`, `trust` and `name`. `tests` add up. Two included files that say different things about the same entry,
+One rule: the file that includes wins over what it includes. Groups, services and hosts are taken whole, by name; so
+are `block`, `trust`, `edge` and `name`. `tests` add up. Two included files that say different things about the same entry,
 without the including file settling it, are a conflict that names both places.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 from fwcompiler.diagnostics import Position, Report
 from fwcompiler.source import Document, KeyPath, read_document
 
-_BY_NAME = ("groups", "services")
+_BY_NAME = ("groups", "services", "hosts")
 
 
 def load_merged(path: str, report: Report) -> Document | None:
@@ -52,7 +52,7 @@ def _includes(document: Document) -> list[tuple[str, Position]]:
 
 
 def _paths(document: Document) -> list[KeyPath]:
-    """The units that are merged: `groups.NAME`, `services.NAME`, any other key."""
+    """The units that are merged: `groups.NAME`, `services.NAME`, `hosts.NAME`, any other key."""
     paths: list[KeyPath] = []
     for key, value in document.data.items():
         if key in _BY_NAME and isinstance(value, dict):

@@ -11,14 +11,10 @@ from itertools import permutations
 
 from fwcompiler.addresses import Addresses, intersect, range_text
 from fwcompiler.diagnostics import Position, Report
-from fwcompiler.ports import Ports
+from fwcompiler.edge import LOCAL_PORTS
 from fwcompiler.resolve import Resolved, ResolvedGroup, ResolvedService
 
 MAX_NAMED = 3
-
-
-EPHEMERAL = Ports("any", ((32768, 60999),))
-"""From where a host opens its own connections (ip-sysctl, ip_local_port_range)."""
 
 
 def lint(policy: Resolved, report: Report, where: str) -> None:
@@ -30,7 +26,7 @@ def lint(policy: Resolved, report: Report, where: str) -> None:
         _covered_entries(group, report)
     for service in policy.services:
         _covered_groups(policy, service, report)
-        if service.early and any(intersect(p.ranges, EPHEMERAL.ranges) for p in service.ports):
+        if service.early and any(intersect(p.ranges, (LOCAL_PORTS,)) for p in service.ports):
             hint = "answers to the host's own connections arrive on these ports, and are dropped unless the sender is named"
             report.warn("local-ports", f"`{service.name}` lies in the range of ports that the host itself uses", service.at, hint)
         if service.expose and service.groups is None:
@@ -45,11 +41,11 @@ def _named_by_services(policy: Resolved) -> dict[str, None]:
 
 
 def _unused(policy: Resolved, report: Report) -> None:
-    used = set(policy.trust) | set(_named_by_services(policy))
+    used = set(policy.trust) | set(_named_by_services(policy)) | set(policy.named)
     if policy.block:
         used |= set(policy.block.groups) | set(policy.block.excepted)
     for group in policy.groups.values():
-        if group.name not in used:
+        if group.name not in used and not group.generated:
             report.warn("group-unused", f"nothing names the group `{group.name}`", group.at)
 
 

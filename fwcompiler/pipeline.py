@@ -6,6 +6,7 @@ first in a scratch namespace; `plan` is pure again. Changing a host is `apply`'s
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from pathlib import Path
 from fwcompiler.addresses import Ranges
 from fwcompiler.backend import Backend, Rendered
 from fwcompiler.diagnostics import Finding, HostRefused, PolicyRejected, Report, UsageError
+from fwcompiler.fleet import pick_host
 from fwcompiler.include import load_merged
 from fwcompiler.kernel import netns, runner
 from fwcompiler.kernel import observe as kernel
@@ -66,12 +68,37 @@ class NormalForm:
     listing: tuple[str, ...]
 
 
-def compile_policy(path: str, *, tests: bool = True) -> Compiled:
+def compile_policy(path: str, *, host: str | None = None, tests: bool = True) -> Compiled:
     """File -> model -> addresses -> ruleset, and the policy's own tests unless somebody else runs them.
+
+    ``host``: the one to compile for, where the policy names several; by default this machine.
 
     Raises:
         PolicyRejected: with every finding of the stage that failed.
+        UsageError: the policy has no such host.
     """
+    return _compile(path, *_read(path), host, tests=tests)
+
+
+def compile_all(path: str, *, tests: bool = True) -> tuple[Compiled, ...]:
+    """The policy for every host that it names, in its order; for the one it is for, where it names none.
+
+    Raises:
+        PolicyRejected: with the findings of all hosts.
+    """
+    document, policy = _read(path)
+    found: list[Compiled] = []
+    report = Report()
+    for name in policy.hosts or (None,):
+        try:
+            found.append(_compile(path, document, policy, name, tests=tests))
+        except PolicyRejected as rejected:
+            report.findings += [f for f in rejected.findings if f not in report.findings]
+    report.stop_on_error()
+    return tuple(found)
+
+
+def _read(path: str) -> tuple[Document, Policy]:
     report = Report()
     document = load_merged(path, report)
     report.stop_on_error()
@@ -79,7 +106,13 @@ def compile_policy(path: str, *, tests: bool = True) -> Compiled:
     policy = validate(document, report)
     report.stop_on_error()
     assert policy is not None
-    resolved = resolve(policy, document, report, today=datetime.now(UTC).date())
+    return document, policy
+
+
+def _compile(path: str, document: Document, policy: Policy, host: str | None, *, tests: bool) -> Compiled:
+    report = Report()
+    name = pick_host(policy.hosts, host, os.uname().nodename)
+    resolved = resolve(policy, document, report, today=datetime.now(UTC).date(), host=name)
     report.stop_on_error()
     lint(resolved, report, path)
     if tests:

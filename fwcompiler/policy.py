@@ -11,24 +11,22 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag, ValidationError
 
-from fwcompiler.catalogue import CATALOGUE
+from fwcompiler.catalogue import CATALOGUE, Role
 from fwcompiler.diagnostics import Report, did_you_mean
 from fwcompiler.source import Document, Key, KeyPath
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,19}$")]
+HostName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]{0,61}[A-Za-z0-9])?$")]
 Kind = Literal["everyone", "loopback", "multicast"]
 Duration = Annotated[str, StringConstraints(pattern=r"^([0-9]{1,6}[smhdw])+$")]
 
 NOT_YET: dict[str, str] = {
-    "hosts": "several hosts in one policy",
-    "edge": "a firewall in front of several dialers",
     "egress": "rules for outgoing traffic",
     "limits": "rate limits",
     "limit": "rate limits",
     "conntrack": "traffic past connection tracking",
     "notrack": "traffic past connection tracking",
     "dscp": "DSCP marks",
-    "on": "services bound to a role",
 }
 """Keys of the language that this version does not compile yet. They are refused, never ignored."""
 
@@ -126,6 +124,62 @@ PortsForm = Annotated[
 ]
 
 
+def _one_or_several(what: str) -> Discriminator:
+    return Discriminator(
+        lambda v: {str: "<one>", list: "<several>"}.get(type(v)),
+        custom_error_type="sources",
+        custom_error_message=f"{what}, or a list of them",
+    )
+
+
+Roles = Annotated[
+    Annotated[Role, Tag("<one>")] | Annotated[list[Role], Tag("<several>"), Field(min_length=1)],
+    _one_or_several("a role"),
+]
+Places = Annotated[
+    Annotated[str, Tag("<one>")] | Annotated[list[str], Tag("<several>"), Field(min_length=1)],
+    _one_or_several("a role or a host"),
+]
+
+
+class HostEntry(_Model):
+    """One host of the installation."""
+
+    role: Roles = Field(description="What it is for, which says which services it offers; a list where it has several roles.")
+    addresses: list[str] = Field(
+        min_length=1, description="Its addresses, both families; the first IPv4 address is where an edge forwards to."
+    )
+    wan: str | None = Field(default=None, description="The edge only: its interface to the internet.")
+    lan: str | None = Field(default=None, description="The edge only: its interface to the dialers.")
+    rtp: str | None = Field(default=None, description="Dialers only: the media ports of this one, as in its rtp.conf: `10000-14999`.")
+
+
+class RtpPlan(_Model):
+    """How the media ports are dealt out: one chunk a dialer, in order."""
+
+    first: int = Field(
+        default=10000, ge=1024, le=65535, description="Where the first dialer's chunk begins; even, because RTCP has the odd ports."
+    )
+    chunk: int = Field(default=5000, ge=2, le=64512, description="Ports a dialer; a call takes two.")
+
+
+class Edge(_Model):
+    """The firewall in front of several dialers."""
+
+    host: str = Field(description="The host that is the edge.")
+    inbound_sip: str | None = Field(default=None, description="The one dialer that SIP from outside is forwarded to.")
+    dialers: list[str] | None = Field(
+        default=None, min_length=1, description="The dialers behind it, in the order of their chunks; left out: all."
+    )
+    rtp: RtpPlan | None = Field(default=None, description="The chunk plan; left out where every dialer has an `rtp` of its own.")
+    forward: dict[Name, str] = Field(
+        default_factory=dict, description="Other services and the one host that each is forwarded to: `{https: web1}`."
+    )
+    networks: list[str] = Field(
+        default_factory=list, description="Networks behind the edge, besides the hosts, that go out under its address."
+    )
+
+
 class ServiceEntry(_Model):
     """Who may reach one service."""
 
@@ -135,6 +189,9 @@ class ServiceEntry(_Model):
     )
     rtp_conf: Annotated[str, StringConstraints(min_length=1)] | None = Field(
         default=None, description="rtp only: take the ports from this `rtp.conf` of Asterisk, a path relative to the policy file."
+    )
+    on: Places | None = Field(
+        default=None, description="Roles or hosts that offer it, in place of the catalogue's; a service of one's own is on every host."
     )
     redirect: Literal["web-server", "closed", "responder"] | None = Field(
         default=None, description="http only: the web server redirects to HTTPS (default), or port 80 stays closed."
@@ -146,11 +203,7 @@ class ServiceEntry(_Model):
 
 Sources = Annotated[
     Annotated[str, Tag("<one>")] | Annotated[list[str], Tag("<several>"), Field(min_length=1)],
-    Discriminator(
-        lambda v: {str: "<one>", list: "<several>"}.get(type(v)),
-        custom_error_type="sources",
-        custom_error_message="a group, an address, `anywhere`, or a list of them",
-    ),
+    _one_or_several("a group, an address, `anywhere`"),
 ]
 
 
@@ -163,6 +216,9 @@ class PolicyTest(_Model):
     state: Literal["new", "established", "related", "invalid"] = Field(
         default="new", description="Connection tracking state of the packets."
     )
+    host: str | None = Field(
+        default=None, description="The host it is about; left out: every host, and for `accept` those that have a service at the port."
+    )
 
 
 class Policy(_Model):
@@ -174,6 +230,10 @@ class Policy(_Model):
         default_factory=list, description="Other policy files to merge in; this file wins over them."
     )
     groups: dict[Name, GroupForm] = Field(default_factory=dict, description="Named sets of addresses.")
+    hosts: dict[HostName, HostEntry] = Field(
+        default_factory=dict, description="The hosts of the installation; the policy is compiled for one of them at a time."
+    )
+    edge: Edge | None = Field(default=None, description="The firewall in front of several dialers.")
     block: Block | None = Field(default=None, description="Sources that are dropped first.")
     trust: list[str] = Field(default_factory=list, description="Groups whose every packet is accepted.")
     services: dict[Name, ServiceEntry] = Field(default_factory=dict, description="What this host offers, and to whom.")
@@ -204,7 +264,11 @@ def _report_item(document: Document, report: Report, item: dict[str, Any]) -> No
         return report.error("required", f"`{path[-1]}` is missing", at, _missing_hint(path))
     if kind == "string_pattern_mismatch" and "Duration" not in context and path[-1] == "[key]":
         at = document.locate(path[:-1], key=True)
-        return report.error("name", f"`{path[-2]}` cannot be a name", at, "a letter, then up to 19 letters, digits, `-` or `_`")
+        hint = "letters, digits, `-` and `.`" if path[0] == "hosts" else "a letter, then up to 19 letters, digits, `-` or `_`"
+        return report.error("name", f"`{path[-2]}` cannot be a name", at, hint)
+    if path == ("edge", "inbound_sip") and isinstance(item["input"], list):
+        hint = "a packet to 5060 names no dialer: one of them takes all inbound calls"
+        return report.error("sip-owner", "5060 has exactly one owner, and this is a list", at, hint)
     if kind == "string_pattern_mismatch":
         return report.error("value", f"`{item['input']}` is not a duration", at, "write 90s, 30m, 12h or 7d")
     if kind in ("literal_error", "greater_than_equal", "less_than_equal", "too_short", "string_too_short", "string_too_long"):
@@ -248,7 +312,14 @@ def _report_unknown_key(document: Document, report: Report, path: KeyPath) -> No
 
 def _keys_at(path: KeyPath) -> list[str]:
     """Names of the keys that the language has at a place of the document."""
-    models: dict[str, type[BaseModel]] = {"services": ServiceEntry, "groups": Group, "tests": PolicyTest, "block": Block}
+    models: dict[str, type[BaseModel]] = {
+        "services": ServiceEntry,
+        "groups": Group,
+        "tests": PolicyTest,
+        "block": Block,
+        "hosts": HostEntry,
+        "edge": RtpPlan if path[-1:] == ("rtp",) else Edge,
+    }
     model: type[BaseModel] = models.get(str(path[0]), Policy) if path else Policy
     if path and path[0] == "groups":
         model = (

@@ -42,6 +42,15 @@ def finding_json(finding: Finding) -> FindingShape:
     }
 
 
+def good_text(policies: Sequence[Resolved]) -> str:
+    """What was checked: `: 7 services, 4 groups, 2 tests`, and on which hosts where there are several."""
+    names = [p.host.name for p in policies if p.host]
+    services = {s.name for p in policies for s in p.services} | {f.service.name for p in policies if p.edge for f in p.edge.forwards}
+    tests = {t.at for p in policies for t in p.tests}
+    hosts = f" on {', '.join(names)}" if names else ""
+    return f"{hosts}: {len(services)} services, {len(policies[0].groups)} groups, {len(tests)} tests"
+
+
 def access_json(access: Access) -> AccessShape:
     """One line of access gained or lost."""
     return {"from": access.sources(), "to": access.to, "service": access.service}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from itertools import combinations
 from pathlib import Path
@@ -17,13 +17,15 @@ from fwcompiler.addresses import EVERYONE, LOOPBACK, NOBODY, AddressError, Addre
 from fwcompiler.asterisk import Disk, Problem, read_configuration, rtp_ports
 from fwcompiler.catalogue import CATALOGUE, Class
 from fwcompiler.diagnostics import Position, Report, did_you_mean
+from fwcompiler.edge import RTP, EdgePlan, ResolvedEdge, read_plan, resolved_edge
+from fwcompiler.fleet import CLUSTER, ROLES, ResolvedHost, cluster_entries, offers, read_hosts
 from fwcompiler.lists import AddressList, read_list
 from fwcompiler.policy import AddressEntry, Group, ListFile, Member, Policy, PolicyTest, ServiceEntry
 from fwcompiler.ports import WITH_PORTS, PortError, Ports, joined, overlap, parse_port_range, parse_ports
 from fwcompiler.ruleset import BUILT_IN
 from fwcompiler.source import Document, KeyPath, read_file
 
-RESERVED = BUILT_IN | {"anywhere", "input", "forward", "output"}
+RESERVED = BUILT_IN | {"anywhere", "input", "forward", "output", "prerouting", "postrouting", "edge", "behind"}
 """Names fwc gives to its own chains, sets and counters."""
 
 
@@ -38,6 +40,7 @@ class ResolvedGroup:
     inline: tuple[tuple[int, int, int, Position], ...] = ()
     timeout: int | None = None
     size: int | None = None
+    generated: bool = False
 
     @property
     def dynamic(self) -> bool:
@@ -96,7 +99,10 @@ class ResolvedTest:
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """A whole policy for one host, names resolved."""
+    """A whole policy for one host, names resolved.
+
+    `services` are those of this host; what an edge forwards is in `edge`. `named`: the groups that services of any host name.
+    """
 
     name: str
     groups: Mapping[str, ResolvedGroup]
@@ -105,6 +111,10 @@ class Resolved:
     trust_at: Position | None = None
     block: ResolvedBlock | None = None
     tests: tuple[ResolvedTest, ...] = ()
+    host: ResolvedHost | None = None
+    edge: ResolvedEdge | None = None
+    plan: EdgePlan | None = None
+    named: tuple[str, ...] = ()
 
     def lists(self) -> Iterator[tuple[str, AddressList]]:
         """Every list file with a key that names it over time: its group and its path."""
@@ -120,20 +130,27 @@ class Resolved:
         return total
 
 
-def resolve(policy: Policy, document: Document, report: Report, *, today: date) -> Resolved:
+def resolve(policy: Policy, document: Document, report: Report, *, today: date, host: str | None = None) -> Resolved:
     """Resolve a validated policy; errors and warnings go to the report, the caller stops on errors.
 
-    ``today`` decides about list lines that expire.
+    ``today`` decides about list lines that expire; ``host`` is the one to resolve for, where the policy names hosts.
     """
     stage = _Stage(policy, document, report, today)
     groups = {name: stage.group(name, form) for name, form in policy.groups.items()}
-    services = tuple(s for name, entry in policy.services.items() if (s := stage.service(name, entry)))
-    _refuse_overlaps(services, report)
+    groups |= stage.generated_groups()
+    everything = tuple(s for name, entry in policy.services.items() if (s := stage.service(name, entry)))
+    here = stage.hosts.get(host or "")
+    services = stage.services_of(here, everything)
+    plan = stage.plan
+    edge = resolved_edge(plan, everything, stage.has, stage.hosts.values(), report) if plan else None
+    ours = edge if plan and here is plan.host else None
+    _refuse_overlaps((*services, *(f.service for f in ours.forwards)) if ours else services, report)
     trust = stage.known_groups(policy.trust, ("trust",))
-    block = stage.block(services)
-    tests = tuple(t for i, test in enumerate(policy.tests) if (t := stage.test(test, ("tests", i), groups)))
+    block = stage.block(everything)
+    tests = tuple(t for i, test in enumerate(policy.tests) if (t := stage.test(test, ("tests", i), groups, everything, here)))
     at = document.locate(("trust",), key=True) if trust else None
-    return Resolved(policy.name, groups, services, trust, at, block, tests)
+    named = tuple(dict.fromkeys(g for s in everything for g in s.groups or ()))
+    return Resolved(policy.name, groups, services, trust, at, block, tests, here, ours, plan, named)
 
 
 _DURATION = re.compile(r"([0-9]+)([smhdw])")
@@ -150,6 +167,29 @@ class _Stage:
 
     def __init__(self, policy: Policy, document: Document, report: Report, today: date) -> None:
         self.policy, self.document, self.report, self.today = policy, document, report, today
+        self.hosts = read_hosts(policy, document, report)
+        self.plan = read_plan(policy, self.hosts, document, report)
+        self.names = {*policy.groups, *([CLUSTER] if self.hosts else [])}
+
+    def generated_groups(self) -> dict[str, ResolvedGroup]:
+        """The group of all hosts, unless the policy has its own of that name."""
+        if not self.hosts or CLUSTER in self.policy.groups:
+            return {}
+        entries = tuple(cluster_entries(self.hosts))
+        addresses = Addresses.of(((a, b) for v, a, b, _ in entries if v == 4), ((a, b) for v, a, b, _ in entries if v == 6))
+        return {CLUSTER: ResolvedGroup(CLUSTER, addresses, self.document.locate(("hosts",), key=True), inline=entries, generated=True)}
+
+    def has(self, host: ResolvedHost | None, service: str) -> bool:
+        """True where a host has a service."""
+        on = self.policy.services[service].on
+        return offers(host, service, [on] if isinstance(on, str) else on)
+
+    def services_of(self, host: ResolvedHost | None, everything: tuple[ResolvedService, ...]) -> tuple[ResolvedService, ...]:
+        """The services of one host, media on its own ports."""
+        mine = [s for s in everything if self.has(host, s.name)]
+        span = (self.plan.chunk(host.name) if self.plan else None) or host.rtp if host else None
+        media = (Ports("udp", (span,)),) if span else ()
+        return tuple(replace(s, ports=media) if s.name == RTP and media else s for s in mine)
 
     def group(self, name: str, form: list[Member] | Group) -> ResolvedGroup:
         """One group; a broken one comes back empty, its errors reported."""
@@ -203,7 +243,7 @@ class _Stage:
 
     def _inline(self, member: str | AddressEntry, at: Position, out: list[tuple[int, int, int, Position]]) -> None:
         text, allow = (member.address, tuple(member.allow)) if isinstance(member, AddressEntry) else (member, ())
-        if text in self.policy.groups:
+        if text in self.names:
             self.report.error("address-name", f"`{text}` is a group, and groups hold addresses only", at, "name both groups at the service")
             return
         try:
@@ -229,12 +269,12 @@ class _Stage:
         good: list[str] = []
         for i, name in enumerate(names):
             at = self.document.locate((*path, i))
-            if name in self.policy.groups:
+            if name in self.names:
                 good.append(name)
             elif name == "anywhere":
                 self.report.error("group-unknown", "`anywhere` stands alone: it cannot be one of several groups", at, "from: anywhere")
             else:
-                hint = did_you_mean(name, self.policy.groups) or (
+                hint = did_you_mean(name, self.names) or (
                     "addresses are listed in a group, and the group is named here" if any(c in name for c in ".:/") else ""
                 )
                 self.report.error("group-unknown", f"there is no group `{name}`", at, hint)
@@ -248,6 +288,7 @@ class _Stage:
         known = CATALOGUE.get(name)
         errors = len(self.report.findings)
         ports = self._ports(entry, path, name)
+        self._check_places(entry, path)
         groups = None if isinstance(entry.from_, str) else self.known_groups(entry.from_, (*path, "from"))
         kind: Class = known.kind if known else "public" if groups is None else "restricted"
         if groups is None and kind == "public" and (known is None or entry.ports is not None):
@@ -262,6 +303,14 @@ class _Stage:
             return None
         early = groups is not None and not (known and known.asks)
         return ResolvedService(name, ports, kind, groups, at, early, entry.expose or "")
+
+    def _check_places(self, entry: ServiceEntry, path: KeyPath) -> None:
+        """`on` names roles and hosts."""
+        for i, place in enumerate([entry.on] if isinstance(entry.on, str) else entry.on or ()):
+            if place not in ROLES and place not in self.hosts:
+                at = self.document.locate((*path, "on") if isinstance(entry.on, str) else (*path, "on", i))
+                hint = did_you_mean(place, (*ROLES, *self.hosts)) or f"roles: {', '.join(ROLES)}"
+                self.report.error("host-unknown", f"`{place}` is neither a role nor a host", at, hint)
 
     def _kind_of_ports(self, ports: tuple[Ports, ...]) -> Class:
         """What a port is for does not change with the name it is given: 5038 stays the manager interface."""
@@ -353,8 +402,35 @@ class _Stage:
             excepted = tuple(dict.fromkeys(g for s in services for g in s.groups or ()))
         return ResolvedBlock(names, excepted, self._key(("block",)))
 
-    def test(self, test: PolicyTest, path: KeyPath, groups: Mapping[str, ResolvedGroup]) -> ResolvedTest | None:
-        """One expectation, or None after an error."""
+    def test(
+        self,
+        test: PolicyTest,
+        path: KeyPath,
+        groups: Mapping[str, ResolvedGroup],
+        everything: tuple[ResolvedService, ...],
+        here: ResolvedHost | None,
+    ) -> ResolvedTest | None:
+        """One expectation, or None after an error, or where it is about other hosts."""
+        found = self._read_test(test, path, groups)
+        if found is None or (test.host and test.host not in self.hosts):
+            if test.host and test.host not in self.hosts:
+                at = self.document.locate((*path, "host"))
+                self.report.error("host-unknown", f"there is no host `{test.host}`", at, did_you_mean(test.host, self.hosts))
+            return None
+        if here is None or test.host:
+            return found if here is None or test.host == here.name else None
+        where = [h for h in self.hosts.values() if self._answers(h, found.ports, everything)]
+        return found if test.expect == "drop" or here in where or not where else None
+
+    def _answers(self, host: ResolvedHost, to: Ports, everything: tuple[ResolvedService, ...]) -> bool:
+        """True where an expectation to be let in says something about a host: it has a service there, or forwards it."""
+        services = self.services_of(host, everything)
+        if self.plan and host is self.plan.host:
+            edge = resolved_edge(self.plan, everything, self.has, self.hosts.values(), Report())
+            services = (*services, *(f.service for f in edge.forwards))
+        return to.protocol in ("icmp", "icmpv6") or any(overlap(p, to) for s in services for p in s.ports)
+
+    def _read_test(self, test: PolicyTest, path: KeyPath, groups: Mapping[str, ResolvedGroup]) -> ResolvedTest | None:
         sources = [test.from_] if isinstance(test.from_, str) else test.from_
         addresses = NOBODY
         try:

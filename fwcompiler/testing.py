@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from fwcompiler.addresses import Addresses, Ranges, intersect, subtract
-from fwcompiler.diagnostics import Report
+from fwcompiler.diagnostics import Position, Report
 from fwcompiler.ports import PROTOCOLS, Ports, port_text
 from fwcompiler.proof.fields import ECHO_REQUEST
 from fwcompiler.proof.meaning import Clause, clauses
@@ -19,7 +19,8 @@ def run_tests(policy: Resolved, report: Report) -> None:
     """Report every test that the policy does not meet, with an example of what happens instead."""
     for test, wrong in results(policy):
         if wrong:
-            report.error("policy-test", f"expected {test.expect} from {test.source} to {test.ports}, but {wrong}", test.at)
+            where = f" on {policy.host.name}" if policy.host else ""
+            report.error("policy-test", f"expected {test.expect} from {test.source} to {test.ports}{where}, but {wrong}", test.at)
 
 
 def results(policy: Resolved) -> Iterator[tuple[ResolvedTest, str]]:
@@ -32,6 +33,16 @@ def results(policy: Resolved) -> Iterator[tuple[ResolvedTest, str]]:
             continue
         clause, (ports, sources) = wrong
         yield test, f"{sources.texts()[0]} to {_to(test.ports, ports)} is {_PAST[clause.verdict]}: {clause.reason}"
+
+
+def results_of_hosts(policies: Iterable[Resolved]) -> list[tuple[ResolvedTest, str]]:
+    """Every test once, with what is wrong with it on the first host where something is."""
+    found: dict[Position, tuple[ResolvedTest, str]] = {}
+    for policy in policies:
+        for test, wrong in results(policy):
+            if test.at not in found or (wrong and not found[test.at][1]):
+                found[test.at] = test, f"on {policy.host.name}, {wrong}" if wrong and policy.host else wrong
+    return [found[at] for at in sorted(found)]
 
 
 _PAST = {"accept": "accepted", "drop": "dropped"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fwcompiler import __version__
-from fwcompiler.diagnostics import UsageError, format_findings
+from fwcompiler.diagnostics import Finding, UsageError, format_findings
 
 if TYPE_CHECKING:
     from fwcompiler.backend import Backend
@@ -39,6 +39,7 @@ class Options:
     """The common options."""
 
     backend: str | None = None
+    host: str | None = None
     netns: str | None = None
     state_dir: str | None = None
     json: bool = False
@@ -64,7 +65,7 @@ def common(
     backend: Annotated[
         str | None, typer.Option(help="nftables, iptables-nft, iptables-legacy, or iptables: the variant the host uses.")
     ] = None,
-    host: Annotated[str | None, typer.Option(help="Name of the host to compile for, in a policy for several.")] = None,
+    host: Annotated[str | None, typer.Option(help="The host to compile for, in a policy for several; default: this machine.")] = None,
     netns: Annotated[str | None, typer.Option(help="Act in this network namespace (ip netns).")] = None,
     state_dir: Annotated[str | None, typer.Option(envvar="FWC_STATE_DIR", help="State directory; default /var/lib/fwc.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output.")] = False,
@@ -74,10 +75,8 @@ def common(
     _version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
     """Common options."""
-    if host is not None:
-        raise UsageError("this version compiles policies for one host; they name no hosts", hint="leave --host out")
     color = not no_color and not os.environ.get("NO_COLOR")
-    context.obj = Options(backend, netns, state_dir, as_json, quiet, verbose, color)
+    context.obj = Options(backend, host, netns, state_dir, as_json, quiet, verbose, color)
 
 
 NoProof = Annotated[bool, typer.Option("--no-proof", help="Leave the proof out; said loudly and recorded.")]
@@ -114,14 +113,33 @@ def ask(yes: bool, question: str) -> None:
 
 
 def compiled_policy(path: str, options: Options, *, tests: bool = True) -> Compiled:
-    """The policy, its warnings printed."""
+    """The policy for one host, its warnings printed."""
     from fwcompiler.pipeline import compile_policy
 
-    compiled = compile_policy(path, tests=tests)
-    if compiled.findings and not options.quiet:
-        color = options.color and sys.stderr.isatty()
-        print(format_findings(compiled.findings, color=color), file=sys.stderr)
+    compiled = compile_policy(path, host=options.host, tests=tests)
+    show_warnings([compiled], options)
     return compiled
+
+
+def compiled_hosts(path: str, options: Options, *, tests: bool = True) -> tuple[Compiled, ...]:
+    """The policy for every host it names, or for the one of the options; its warnings printed, each once."""
+    from fwcompiler.pipeline import compile_all, compile_policy
+
+    found = (compile_policy(path, host=options.host, tests=tests),) if options.host else compile_all(path, tests=tests)
+    show_warnings(found, options)
+    return found
+
+
+def show_warnings(found: Iterable[Compiled], options: Options) -> None:
+    """What compiling had to say, each finding once, in reading order."""
+    findings = all_findings(found)
+    if findings and not options.quiet:
+        print(format_findings(findings, color=options.color and sys.stderr.isatty()), file=sys.stderr)
+
+
+def all_findings(found: Iterable[Compiled]) -> list[Finding]:
+    """The findings of several hosts, each once: most are about the policy, whichever host it is compiled for."""
+    return sorted(dict.fromkeys(f for each in found for f in each.findings), key=Finding.sort_key)
 
 
 def chosen_backend(options: Options) -> Backend:
@@ -178,6 +196,7 @@ def write_files(folder: Path, files: Any) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(text, encoding="utf-8")
     except OSError as error:
         raise UsageError(f"cannot write to {folder}: {error.strerror}") from error

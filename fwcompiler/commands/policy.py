@@ -11,8 +11,10 @@ from fwcompiler.commands.app import (
     NoProof,
     Options,
     PolicyFile,
+    all_findings,
     app,
     chosen_backend,
+    compiled_hosts,
     compiled_policy,
     print_json,
     proof_wanted,
@@ -25,20 +27,22 @@ from fwcompiler.diagnostics import EXIT_DIFFERS, EXIT_OK, Failure, Finding, Unav
 def check(context: typer.Context, policy: PolicyFile, no_proof: NoProof = False) -> int:
     """Check a policy: load, resolve, run its tests, try the rules in a scratch namespace."""
     from fwcompiler.pipeline import normal_form, render
-    from fwcompiler.report import finding_json
+    from fwcompiler.report import finding_json, good_text
 
     options: Options = context.obj
     left_out: list[str] = []
     findings: tuple[Finding, ...] = ()
     try:
-        compiled = compiled_policy(policy, options)
-        findings = compiled.findings
+        hosts = compiled_hosts(policy, options)
+        findings = tuple(all_findings(hosts))
         backend = chosen_backend(options)
-        try:
-            normal_form(compiled, backend, proof=proof_wanted(no_proof))
-        except Unavailable as refused:
-            render(compiled, backend)
-            left_out.append(f"not tried in a kernel: {refused.message}")
+        proof = proof_wanted(no_proof)
+        for compiled in hosts:
+            try:
+                normal_form(compiled, backend, proof=proof)
+            except Unavailable as refused:
+                render(compiled, backend)
+                left_out = [f"not tried in a kernel: {refused.message}"]
     except Failure as failure:
         if options.json:
             print_json({"ok": False, "findings": [finding_json(f) for f in failure.findings], "left_out": left_out})
@@ -48,8 +52,7 @@ def check(context: typer.Context, policy: PolicyFile, no_proof: NoProof = False)
     elif not options.quiet:
         proven = "accepted by the kernel in a scratch namespace" + ("" if no_proof else ", proven for all packets")
         tried = proven if not left_out else left_out[0]
-        counts = f"{len(compiled.resolved.services)} services, {len(compiled.resolved.groups)} groups, {len(compiled.resolved.tests)} tests"
-        print(f"{policy}: good for {backend.name}: {counts}; {tried}")
+        print(f"{policy}: good for {backend.name}{good_text([c.resolved for c in hosts])}; {tried}")
     return EXIT_OK
 
 
@@ -58,34 +61,51 @@ def compile_(
     context: typer.Context,
     policy: PolicyFile,
     output: Annotated[str | None, typer.Option("--output", "-o", metavar="DIR", help="Write the files there.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="For every host of the policy, each in a folder of its own below DIR.")] = False,
 ) -> int:
-    """Print the ruleset that would be loaded."""
+    """Print the ruleset that would be loaded; with several dialers, what belongs into their rtp.conf as well."""
     from fwcompiler.pipeline import render
 
     options: Options = context.obj
-    compiled = compiled_policy(policy, options)
+    if every and output is None and not options.json:
+        raise UsageError("--all writes the files of several hosts", hint="say where: -o DIR")
+    if every and options.host:
+        raise UsageError("--all means every host", hint="leave --host or --all out")
+    hosts = compiled_hosts(policy, options) if every else (compiled_policy(policy, options),)
     backend = chosen_backend(options)
-    rendered = render(compiled, backend)
+    files: dict[str, str] = {}
+    notes: dict[str, str] = {}
+    for compiled in hosts:
+        place = f"{compiled.resolved.host.name}/" if every and compiled.resolved.host else ""
+        plan = compiled.resolved.plan
+        notes |= {place + name: text for name, text in plan.rtp_confs(compiled.resolved.host).items()} if plan else {}
+        files |= {place + name: text for name, text in render(compiled, backend).files.items()}
     if output is not None:
-        write_files(Path(output), rendered.files)
+        write_files(Path(output), files | notes)
     if options.json:
-        print_json({"backend": backend.name, "files": dict(rendered.files)})
+        print_json({"backend": backend.name, "files": files | notes})
     elif output is None:
-        for name, text in rendered.files.items():
-            print(f"# {name}\n{text}" if len(rendered.files) > 1 else text, end="")
+        print(_as_comments(notes), end="")
+        for name, text in files.items():
+            print(f"# {name}\n{text}" if len(files) > 1 else text, end="")
     elif not options.quiet:
-        print("\n".join(f"{output}/{name}" for name in rendered.files))
+        print("\n".join(f"{output}/{name}" for name in files | notes))
     return EXIT_OK
+
+
+def _as_comments(notes: dict[str, str]) -> str:
+    """Files for others as comments, so that what is printed can still be loaded."""
+    return "".join(f"# {line}".rstrip() + "\n" for name, text in notes.items() for line in (f"{name}:", *text.splitlines()))
 
 
 @app.command()
 def test(context: typer.Context, policy: PolicyFile) -> int:
     """Run the policy's own tests, every address and port of each."""
     from fwcompiler.report import tests_json, tests_text
-    from fwcompiler.testing import results
+    from fwcompiler.testing import results_of_hosts
 
     options: Options = context.obj
-    found = list(results(compiled_policy(policy, options, tests=False).resolved))
+    found = results_of_hosts([c.resolved for c in compiled_hosts(policy, options, tests=False)])
     if options.json:
         print_json(tests_json(found))
     elif not options.quiet or any(wrong for _, wrong in found):
