@@ -194,11 +194,12 @@ class _Reading:
                 why = "the policy has no service `rtp`" if dialers else "the edge has no dialers"
                 self.report.error("chunk-fit", f"{why}: these chunks would stay closed", self._at("rtp", key=True), "rtp: {from: anywhere}")
             return ()
-        if self.policy.services[RTP].ports is not None:
-            at = self.document.locate(("services", RTP, "ports"))
-            self.report.error("chunk-overlap", "the edge deals out the media ports, one chunk a dialer", at, "take `ports` out here")
+        for key in ("ports", "rtp_conf"):
+            if getattr(self.policy.services[RTP], key) is not None:
+                at = self.document.locate(("services", RTP, key))
+                self.report.error("chunk-overlap", "the edge deals out the media ports, one chunk a dialer", at, f"take `{key}` out here")
         given = [Chunk(d, d.rtp, self.document.locate(("hosts", d.name, "rtp"))) for d in dialers if d.rtp]
-        without = [d for d in dialers if d.rtp is None]
+        without = [d for d in dialers if self.policy.hosts[d.name].rtp is None]
         computed = list(self._computed(without))
         chunks = sorted((*given, *computed), key=lambda c: dialers.index(c.host))
         _check_overlaps(chunks, self.report)

@@ -127,7 +127,8 @@ def _address(text: str, at: Position, report: Report) -> tuple[int, int] | None:
     try:
         entry = parse_entry(text.strip())
     except AddressError as error:
-        report.error(error.code, error.message, at, error.hint)
+        hint = "" if error.code in ("address-loopback", "address-multicast", "address-everyone") else error.hint
+        report.error(error.code, error.message, at, hint or "a host has the addresses that others reach it by")
         return None
     if entry.span[0] != entry.span[1]:
         report.error("host-address", f"`{text}` is more than one address", at, "a host has single addresses: 10.20.0.11")

@@ -126,7 +126,7 @@ PortsForm = Annotated[
 
 def _one_or_several(what: str) -> Discriminator:
     return Discriminator(
-        lambda v: {str: "<one>", list: "<several>"}.get(type(v)),
+        lambda v: "<one>" if isinstance(v, str) else "<several>" if isinstance(v, list) else None,
         custom_error_type="sources",
         custom_error_message=f"{what}, or a list of them",
     )
@@ -360,7 +360,7 @@ def _value_hint(item: dict[str, Any], path: KeyPath) -> str:
     return ""
 
 
-_FORMS = {"timeout": "write 90s, 30m, 12h or 7d", "to": "write udp/5060, tcp/10000-20000, vrrp or icmp"}
+_FORMS = {"timeout": "write 90s, 30m, 12h or 7d", "rtp": "write 10000-14999", "to": "write udp/5060, tcp/10000-20000, vrrp or icmp"}
 
 
 def _type_hint(item: dict[str, Any], path: KeyPath) -> str:

@@ -27,6 +27,9 @@ MODELS: tuple[type[BaseModel], ...] = (
     policy.AddressEntry,
     policy.Block,
     policy.ServiceEntry,
+    policy.HostEntry,
+    policy.Edge,
+    policy.RtpPlan,
     policy.PolicyTest,
 )
 
@@ -62,7 +65,9 @@ def policy_page() -> Iterator[str]:
 def _title(model: type[BaseModel]) -> str:
     return {"Policy": "The file", "ListFile": "A list file as member", "AddressEntry": "An address as member"}.get(
         model.__name__,
-        {"ServiceEntry": "A service", "PolicyTest": "A test", "Group": "A group"}.get(model.__name__, f"`{model.__name__.lower()}`"),
+        {"ServiceEntry": "A service", "PolicyTest": "A test", "Group": "A group", "HostEntry": "A host", "RtpPlan": "`edge.rtp`"}.get(
+            model.__name__, f"`{model.__name__.lower()}`"
+        ),
     )
 
 
@@ -92,12 +97,14 @@ def services_page() -> Iterator[str]:
     """The catalogue."""
     yield f"# Services\n\n{HEAD}"
     yield 'Only public services accept `from: anywhere`; for the others `expose: "reason"` overrides the refusal.'
-    yield "Any other name becomes a service of your own with `ports:`.\n"
-    yield "| service | ports | class | what it is |\n|---|---|---|---|"
+    yield "Any other name becomes a service of your own with `ports:`."
+    yield "Where a policy names several hosts, a service is on those whose role is named here, unless `on:` says otherwise.\n"
+    yield "| service | ports | class | hosts | what it is |\n|---|---|---|---|---|"
     for service in CATALOGUE.values():
         ports = ", ".join(t for p in service.ports for t in p.texts())
+        roles = ", ".join(service.roles) or "all"
         late = " Decided after the established rule." if service.asks else ""
-        yield f"| `{service.name}` | {ports} | {service.kind} | {service.about}{late} |"
+        yield f"| `{service.name}` | {ports} | {service.kind} | {', '.join(service.roles) or 'all'} | {service.about}{late} |"
     yield ""
 
 

@@ -18,7 +18,7 @@ INPUT_FORMS = ("crlf", "escaped", "generated", "directory")
 EXPECTATIONS = ("canonical", "warnings", "fwc.nft", "fwc.ipset", "fwc.v4", "fwc.v6")
 BACKENDS = ("nftables", "iptables-nft", "iptables-legacy")
 KERNELS = tuple(f"kernel {name}" for name in BACKENDS)
-INSTRUCTIONS = ("packets", "members", "packets with members", "command", "exit", "stderr")
+INSTRUCTIONS = ("host", "packets", "members", "packets with members", "command", "exit", "stderr")
 STATES = ("new", "established", "related", "invalid", "untracked")
 PROTOCOLS = {"icmp": 1, "tcp": 6, "udp": 17, "icmpv6": 58, "vrrp": 112}
 
@@ -101,6 +101,11 @@ class Case:
         """Create all input files below a folder."""
         for each in self.inputs:
             each.write(folder)
+
+    @property
+    def host(self) -> str | None:
+        """The host that the policy is compiled for, where it names several."""
+        return self.sections.get("host", "").strip() or None
 
     def command(self) -> list[str]:
         """The arguments of fwc that the case is about; `check policy.yaml` where it says nothing."""

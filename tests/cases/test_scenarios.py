@@ -115,17 +115,17 @@ def _shortened(found: Mapping[str, str]) -> Iterator[tuple[str, str]]:
 def test_policy_is_understood(case: Case, update_cases: bool, capsys: pytest.CaptureFixture[str]) -> None:
     """A policy compiles to the expected neutral rules, with the expected warnings and no others."""
     arguments = [] if _backend("nftables") else ["--backend", "iptables-nft"]
-    assert cli.run([*arguments, "check", "policy.yaml"]) == 0, capsys.readouterr().err
+    assert cli.run([*arguments, *_host(case), "check", "policy.yaml"]) == 0, capsys.readouterr().err
     warnings = capsys.readouterr().err
 
-    _compare(case, {"canonical": canonical(compile_policy("policy.yaml")), "warnings": warnings}, update_cases)
+    _compare(case, {"canonical": canonical(compile_policy("policy.yaml", host=case.host)), "warnings": warnings}, update_cases)
 
 
 @every_case
 def test_packets_are_explained(case: Case) -> None:
     """Each packet of a case meets the verdict and the service that the case names, in the policy's own meaning."""
     assert case.packets, f"{case.path.name} names no packets"
-    compiled = compile_policy("policy.yaml")
+    compiled = compile_policy("policy.yaml", host=case.host)
     expected, found = [], []
     for each in case.packets:
         policy = _with_members(compiled.resolved, case) if each.members else compiled.resolved
@@ -143,8 +143,8 @@ def test_kernel_takes_it(case: Case, backend: Backend, update_cases: bool, capsy
 
     What `apply` would do instead of them gives the same listing, and in it every packet of the case meets its verdict.
     """
-    files = _compiled_files(backend, capsys)
-    compiled = compile_policy("policy.yaml")
+    files = _compiled_files(case, backend, capsys)
+    compiled = compile_policy("policy.yaml", host=case.host)
     small = all(len(s.ranges) <= SMALL_SET for s in compiled.ruleset.sets)
     with namespace() as by_hand:
         with by_hand.entered():
@@ -163,6 +163,10 @@ def test_kernel_takes_it(case: Case, backend: Backend, update_cases: bool, capsy
     _compare(case, found, update_cases)
 
 
+def _host(case: Case) -> list[str]:
+    return ["--host", case.host] if case.host else []
+
+
 @lru_cache
 def _version(program: str) -> str:
     return run((program, "--version"))
@@ -174,12 +178,12 @@ def _prints_as_written(backend: Backend) -> bool:
     return WRITTEN_WITH.get(program, "") in _version(program).split()
 
 
-def _compiled_files(backend: Backend, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+def _compiled_files(case: Case, backend: Backend, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
     """What `compile` writes; twice, because the same input gives the same bytes."""
     texts: list[dict[str, str]] = []
     for folder in (Path("one"), Path("two")):
-        assert cli.run(["compile", "policy.yaml", "--backend", backend.name, "-o", str(folder)]) == 0, capsys.readouterr().err
-        texts.append({path.name: path.read_text(encoding="utf-8") for path in sorted(folder.iterdir())})
+        assert cli.run(["compile", "policy.yaml", *_host(case), "--backend", backend.name, "-o", str(folder)]) == 0, capsys.readouterr().err
+        texts.append({path.name: path.read_text(encoding="utf-8") for path in sorted(folder.glob("fwc.*"))})
     assert texts[0] == texts[1]
     return texts[0]
 
