@@ -102,7 +102,6 @@ def services_page() -> Iterator[str]:
     yield "| service | ports | class | hosts | what it is |\n|---|---|---|---|---|"
     for service in CATALOGUE.values():
         ports = ", ".join(t for p in service.ports for t in p.texts())
-        roles = ", ".join(service.roles) or "all"
         late = " Decided after the established rule." if service.asks else ""
         yield f"| `{service.name}` | {ports} | {service.kind} | {', '.join(service.roles) or 'all'} | {service.about}{late} |"
     yield ""
