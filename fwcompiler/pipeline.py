@@ -12,27 +12,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fwcompiler.addresses import Ranges
 from fwcompiler.backend import Backend, Rendered
 from fwcompiler.diagnostics import Finding, HostRefused, PolicyRejected, Report, UsageError
-from fwcompiler.fleet import pick_host
-from fwcompiler.include import load_merged
 from fwcompiler.kernel import netns, runner
 from fwcompiler.kernel import observe as kernel
-from fwcompiler.lint import lint
-from fwcompiler.lower import lower
 from fwcompiler.plan import Plan, make_plan, with_contents
-from fwcompiler.policy import Policy, validate
-from fwcompiler.proof.describe import CounterExample, counter_examples
-from fwcompiler.proof.meaning import clauses
-from fwcompiler.proof.prove import prove
 from fwcompiler.registry import installed, load
-from fwcompiler.resolve import Resolved, resolve
 from fwcompiler.ruleset import AddressSet, Ruleset
-from fwcompiler.source import Document
 from fwcompiler.state import StateDir
-from fwcompiler.testing import run_tests
+
+if TYPE_CHECKING:
+    # Reading a policy is what costs time to import; going back to a recorded generation does without.
+    from fwcompiler.policy import Policy
+    from fwcompiler.proof.describe import CounterExample
+    from fwcompiler.resolve import Resolved
+    from fwcompiler.source import Document
 
 
 @dataclass(frozen=True)
@@ -99,6 +96,9 @@ def compile_all(path: str, *, tests: bool = True) -> tuple[Compiled, ...]:
 
 
 def _read(path: str) -> tuple[Document, Policy]:
+    from fwcompiler.include import load_merged
+    from fwcompiler.policy import validate
+
     report = Report()
     document = load_merged(path, report)
     report.stop_on_error()
@@ -110,6 +110,12 @@ def _read(path: str) -> tuple[Document, Policy]:
 
 
 def _compile(path: str, document: Document, policy: Policy, host: str | None, *, tests: bool) -> Compiled:
+    from fwcompiler.fleet import pick_host
+    from fwcompiler.lint import lint
+    from fwcompiler.lower import lower
+    from fwcompiler.resolve import resolve
+    from fwcompiler.testing import run_tests
+
     report = Report()
     name = pick_host(policy.hosts, host, os.uname().nodename)
     resolved = resolve(policy, document, report, today=datetime.now(UTC).date(), host=name)
@@ -160,6 +166,10 @@ def normal_form(compiled: Compiled, backend: Backend, *, proof: bool = True) -> 
 
 def disproof(compiled: Compiled, ruleset: Ruleset) -> tuple[CounterExample, ...]:
     """Packets that a ruleset treats otherwise than the policy's meaning says; none: proven equal for all packets."""
+    from fwcompiler.proof.describe import counter_examples
+    from fwcompiler.proof.meaning import clauses
+    from fwcompiler.proof.prove import prove
+
     differences = prove(clauses(compiled.resolved), ruleset)
     return tuple(counter_examples(differences, compiled.resolved, ruleset))
 

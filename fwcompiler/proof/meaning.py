@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from fwcompiler.addresses import LOOPBACK, Addresses, address_text, covers, range_text
 from fwcompiler.diagnostics import Position
 from fwcompiler.ports import PROTOCOLS, Ports, port_text
 from fwcompiler.proof.fields import Packet
-from fwcompiler.resolve import Resolved, ResolvedService
 from fwcompiler.ruleset import Limit, State
+
+if TYPE_CHECKING:
+    from fwcompiler.resolve import Resolved, ResolvedService
 
 Verdict = Literal["accept", "drop"]
 
