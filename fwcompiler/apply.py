@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fwcompiler.backend import Backend
 from fwcompiler.diagnostics import HostRefused, RolledBack
+from fwcompiler.dynamic import reconcile
 from fwcompiler.kernel import netns, runner
 from fwcompiler.pipeline import Compiled, Host, NormalForm, disproof, list_sizes, observe
 from fwcompiler.plan import Plan, make_plan
@@ -18,10 +19,11 @@ from fwcompiler.state import Generation, Record, StateDir
 
 @dataclass(frozen=True)
 class Applied:
-    """How an apply ended: the generation in force, and whether the kernel had to be changed."""
+    """How an apply ended: the generation in force, whether the kernel had to be changed, and what could not be done besides."""
 
     generation: Generation
     changed: bool
+    notes: tuple[str, ...] = ()
 
 
 def apply(compiled: Compiled, plan: Plan, wanted: NormalForm, host: Host, *, proof: bool = True) -> Applied:
@@ -34,13 +36,14 @@ def apply(compiled: Compiled, plan: Plan, wanted: NormalForm, host: Host, *, pro
     record = _record(compiled, wanted, host.backend, proof)
     current = host.state.current()
     if plan.in_sync and current is not None and current.fingerprint == record.fingerprint():
-        return Applied(current, False)
+        return Applied(current, False, reconcile(host, plan.live))
     before = load(plan.replaces) if plan.replaces else None
     pending = host.state.prepare(record)
+    found = plan.live
     try:
         if plan.steps:
             _execute(plan, host)
-            _verify(compiled if proof else None, plan, host)
+            found = _verify(compiled if proof else None, plan, host)
     except BaseException:
         host.state.discard(pending)
         raise
@@ -50,6 +53,7 @@ def apply(compiled: Compiled, plan: Plan, wanted: NormalForm, host: Host, *, pro
         _return(plan, host)
         refused.message += "; the previous ruleset was restored"
         raise
+    notes = reconcile(host, found)
     if before is not None:
         try:
             _take_out(before, host.namespace)
@@ -58,7 +62,7 @@ def apply(compiled: Compiled, plan: Plan, wanted: NormalForm, host: Host, *, pro
             refused.message = f"{in_force}: {refused.message}"
             refused.hint = f"`fwc remove --backend {before.name}`"
             raise
-    return Applied(generation, not plan.in_sync)
+    return Applied(generation, not plan.in_sync, notes)
 
 
 def _execute(plan: Plan, host: Host) -> None:
@@ -83,7 +87,7 @@ def _record(compiled: Compiled, wanted: NormalForm, backend: Backend, proven: bo
     return Record(backend.name, policy, compiled.policy.name, texts, rendered, wanted.listing, wanted.ruleset, lists, proven)
 
 
-def _verify(compiled: Compiled | None, plan: Plan, host: Host) -> None:
+def _verify(compiled: Compiled | None, plan: Plan, host: Host) -> Ruleset:
     """Read the live rules back and prove them; where anything is wrong with them, put back what was there before.
 
     Without a policy to prove them against, they are only compared with what was sent.
@@ -95,6 +99,7 @@ def _verify(compiled: Compiled | None, plan: Plan, host: Host) -> None:
         wrong = disproof(compiled, after) if compiled else ()
         if wrong:
             raise RolledBack(f"the live rules do not mean what the policy says\n  {wrong[0]}")
+        return after
     except BaseException as error:
         _return(plan, host)
         if isinstance(error, RolledBack):

@@ -114,7 +114,8 @@ class Backend(Protocol):
     def update(self, live: Ruleset, wanted: Ruleset, changes: Sequence[SetChange]) -> Sequence[Step]:
         """Steps from `live` to `wanted`. Both were read from a kernel; `changes` says how set contents differ.
 
-        A set missing in `live` is not in `changes`: it is created and filled with `ranges` of `wanted`.
+        A set missing in `live` is not in `changes`: it is created and filled with `ranges` of `wanted`. So is a dynamic set
+        that has to be made (anew) filled with `members` of `wanted`, each with the milliseconds it has left.
         Nothing to do: no steps.
         """
 

@@ -7,6 +7,7 @@ first in a scratch namespace; `plan` is pure again. Changing a host is `apply`'s
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from fwcompiler.backend import Backend, Rendered
 from fwcompiler.diagnostics import Finding, HostRefused, PolicyRejected, Report, UsageError
 from fwcompiler.kernel import netns, runner
 from fwcompiler.kernel import observe as kernel
+from fwcompiler.members import Journal, with_members
 from fwcompiler.plan import Plan, make_plan, with_contents
 from fwcompiler.registry import installed, load
 from fwcompiler.ruleset import AddressSet, Ruleset
@@ -200,7 +202,9 @@ def plan(compiled: Compiled, host: Host, *, proof: bool = True) -> tuple[Plan, N
     live = observe(host)
     before = previous(host)
     wanted = normal_form(compiled, host.backend, proof=proof)
-    return replace(make_plan(host.backend, live, wanted.ruleset), replaces=before.name if before else ""), wanted
+    now = time.time()
+    filled = with_members(wanted.ruleset, Journal(host.state.path).standing(now), now)
+    return replace(make_plan(host.backend, live, filled), replaces=before.name if before else ""), wanted
 
 
 def compare_with(compiled: Compiled, host: Host, against: str, *, proof: bool = True) -> Plan:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from fwcompiler.addresses import Range, range_text
 from fwcompiler.backend import Backend, Command, Fill, SetChange, Step
 from fwcompiler.proof.access import AccessChange, compare
-from fwcompiler.ruleset import Ruleset
+from fwcompiler.ruleset import AddressSet, Ruleset
 
 MAX_ELEMENTS_SHOWN = 20
 
@@ -42,7 +42,11 @@ class Plan:
 
 
 def make_plan(backend: Backend, live: Ruleset, wanted: Ruleset) -> Plan:
-    """Plan the way from `live` to `wanted`; both were read from a kernel, sets with their content."""
+    """Plan the way from `live` to `wanted`; both were read from a kernel, sets with their content.
+
+    Dynamic members stay: those of `wanted` are the recorded ones, which sets that are made anew get beside those in `live`.
+    """
+    wanted = keeping_members(live, wanted)
     steps = tuple(backend.update(live, wanted, set_changes(live, wanted)) if live else backend.load(wanted))
     access = compare(live, wanted) if steps else AccessChange()
     return Plan(live, wanted, steps, access)
@@ -61,6 +65,19 @@ def _set_changes(live: Ruleset, wanted: Ruleset) -> Iterator[SetChange]:
             continue
         before, after = set(old.ranges), set(each.ranges)
         yield SetChange(each, _sorted(after - before), _sorted(before - after))
+
+
+def keeping_members(live: Ruleset, wanted: Ruleset) -> Ruleset:
+    """`wanted` with the members that both sides know; the time left is the kernel's where it knows one."""
+    present = {s.name: s for s in live.sets if s.members}
+
+    def kept(each: AddressSet) -> AddressSet:
+        old = present.get(each.name)
+        if old is None or not each.dynamic or old.version != each.version:
+            return each
+        return replace(each, members=tuple(sorted({**dict(each.members), **dict(old.members)}.items())))
+
+    return replace(wanted, sets=tuple(map(kept, wanted.sets)))
 
 
 def _sorted(ranges: set[Range]) -> tuple[Range, ...]:

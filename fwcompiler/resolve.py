@@ -6,7 +6,6 @@ Everything later stages need is in :class:`Resolved`; it refers to the policy by
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import date
@@ -17,6 +16,7 @@ from fwcompiler.addresses import EVERYONE, LOOPBACK, NOBODY, AddressError, Addre
 from fwcompiler.asterisk import Disk, Problem, read_configuration, rtp_ports
 from fwcompiler.catalogue import CATALOGUE, Class
 from fwcompiler.diagnostics import Position, Report, did_you_mean
+from fwcompiler.durations import seconds
 from fwcompiler.edge import RTP, EdgePlan, ResolvedEdge, read_plan, resolved_edge
 from fwcompiler.fleet import CLUSTER, ROLES, ResolvedHost, cluster_entries, offers, read_hosts
 from fwcompiler.lists import AddressList, read_list
@@ -155,15 +155,6 @@ def resolve(policy: Policy, document: Document, report: Report, *, today: date, 
     return Resolved(policy.name, groups, services, trust, at, block, tests, here, ours, plan, named)
 
 
-_DURATION = re.compile(r"([0-9]+)([smhdw])")
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
-
-
-def seconds(text: str) -> int:
-    """`90s`, `1h30m`, `7d` in seconds; the form was checked by the model."""
-    return sum(int(n) * _SECONDS[unit] for n, unit in _DURATION.findall(text))
-
-
 class _Stage:
     """The inputs every part of the stage needs."""
 
@@ -237,7 +228,7 @@ class _Stage:
     def _timeout(self, group: Group, path: KeyPath) -> int | None:
         if group.dynamic is None:
             return None
-        value = seconds(group.dynamic.timeout)
+        value = seconds(group.dynamic.timeout) or 0
         if not 1 <= value <= 365 * 86400:
             at = self.document.locate((*path, "dynamic", "timeout"))
             self.report.error("value", "a timeout lies between one second and one year", at)

@@ -49,6 +49,9 @@ SCHEMAS: dict[str, Callable[[], dict[str, Any]]] = {
     "verify": _shape(shapes.VerifyShape),
     "test": _shape(shapes.TestsShape),
     "lab": _shape(shapes.LabShape),
+    "members": _shape(shapes.MembersShape),
+    "members-history": _shape(shapes.MembersHistoryShape),
+    "member-change": _shape(shapes.MemberChangeShape),
     "remove": _shape(shapes.RemoveShape),
     "backends": _shape(shapes.BackendsShape),
 }

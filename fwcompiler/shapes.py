@@ -124,10 +124,57 @@ class CountShape(TypedDict):
 
 
 class MemberShape(TypedDict):
-    """A dynamic member; `seconds_left` is None for one that stays."""
+    """A dynamic member; `seconds_left` is None for one that stays.
+
+    `since`, `by`, `peer` (the address it was done from) and `reason` are None where a member is not `recorded`: somebody put it into
+    the kernel's set by hand. A recorded one that is not `loaded` is missing there, and the next apply puts it in.
+    """
 
     address: str
     seconds_left: int | None
+    since: str | None
+    by: str | None
+    peer: str | None
+    reason: str | None
+    recorded: bool
+    loaded: bool
+
+
+class MembersShape(TypedDict):
+    """`members --json`: by group."""
+
+    members: dict[str, list[MemberShape]]
+
+
+class MemberChangeShape(TypedDict):
+    """`allow --json` and `revoke --json`: what was done, and the access that new connections from the address gain and lose by it."""
+
+    do: str
+    group: str
+    address: str
+    until: str | None
+    gained: list[AccessShape]
+    lost: list[AccessShape]
+    notes: list[str]
+
+
+class MemberEventShape(TypedDict):
+    """A line of `members --history --json`: `do` is allow, revoke or expire; `peer` the address it was done from."""
+
+    at: str
+    do: str
+    group: str
+    address: str
+    until: str | None
+    by: str
+    peer: str
+    reason: str
+
+
+class MembersHistoryShape(TypedDict):
+    """`members --history --json`, oldest first."""
+
+    history: list[MemberEventShape]
 
 
 class GenerationShape(TypedDict):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, cast
 
 from fwcompiler import second_reading
-from fwcompiler.addresses import address_text
+from fwcompiler.dynamic import rows
 from fwcompiler.kernel import runner
 from fwcompiler.kernel import second_reading as kernel_reading
+from fwcompiler.members import Journal, group_of
+from fwcompiler.membership import member_json, member_lines
 from fwcompiler.pipeline import Host, applied, is_loaded, observe
 from fwcompiler.plan import make_plan
 from fwcompiler.registry import installed, load
@@ -40,7 +43,7 @@ def read_status(host: Host) -> StatusShape:
         "drift": list(plan.changes()) if plan else unrecorded,
         "generation": None if current is None else cast("GenerationShape", asdict(current)),
         "counters": counters_json(backend.counters(listing)),
-        "members": _members(live),
+        "members": _members(host, live),
         "notes": [*live.bypass, *_elsewhere(host)],
         "second_reading": _second_reading(host, listing),
     }
@@ -86,15 +89,10 @@ def _elsewhere(host: Host) -> Iterator[str]:
             yield f"rules of fwc are also loaded through {name}: `fwc remove --backend {name}` takes them out"
 
 
-def _members(live: Ruleset) -> dict[str, list[MemberShape]]:
-    members: dict[str, list[MemberShape]] = {}
-    for each in live.sets:
-        if each.dynamic:
-            group = each.name.partition(".")[0]
-            rows: list[MemberShape] = [
-                {"address": address_text(each.version, a), "seconds_left": None if ms is None else ms // 1000} for a, ms in each.members
-            ]
-            members.setdefault(group, []).extend(rows)
+def _members(host: Host, live: Ruleset) -> dict[str, list[MemberShape]]:
+    members: dict[str, list[MemberShape]] = {group_of(s): [] for s in live.sets if s.dynamic}
+    for row in rows(live, Journal(host.state.path).read(), time.time()):
+        members.setdefault(row.group, []).append(member_json(row))
     return members
 
 
@@ -132,5 +130,5 @@ def status_text(found: StatusShape, *, color: bool = False) -> str:
         lines.append(table_text(("service", "accepted", "dropped"), _rows(found), right=(1, 2), color=color))
     for group, members in found["members"].items():
         lines.append(f"dynamic members of {group}: {len(members)}")
-        lines += [f"  {m['address']}" + (f", {m['seconds_left']} s left" if m["seconds_left"] is not None else "") for m in members[:40]]
+        lines += member_lines(members, 40)
     return "\n".join(lines)

@@ -250,8 +250,7 @@ class _Sets:
         for kernel, each in self.new:
             yield Step(Command(("ipset", *create_words(each, kernel))), (_destroy(kernel),))
             if each.dynamic:
-                old = self.live.get(each.name, each)
-                lines = list(member_lines(replace(each, members=old.members or each.members), kernel))
+                lines = list(member_lines(each, kernel))
                 if lines:
                     yield Step(Command(("ipset", "restore"), "\n".join((*lines, ""))))
             elif each.ranges:

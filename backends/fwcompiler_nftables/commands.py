@@ -132,12 +132,9 @@ class _Update:
 
         Dynamic members stay with the time they have left; counters start again.
         """
-        sets = (replace(s, slot="", kernel="", members=s.members or self._members(s.name)) for s in self.wanted.sets)
+        sets = (replace(s, slot="", kernel="") for s in self.wanted.sets)
         text = table_text(replace(self.wanted, sets=tuple(sets)))
         return Command(("nft", "-f", "-"), f"add table {TABLE}\ndelete table {TABLE}\n{text}")
-
-    def _members(self, name: str) -> tuple[tuple[int, int | None], ...]:
-        return self.old_sets[name].members if name in self.old_sets else ()
 
     def _content_only(self) -> Sequence[Step]:
         """Sets keep their names: consecutive fills of one kind are one transaction."""
@@ -149,15 +146,18 @@ class _Update:
 
     def _twin(self, wanted: AddressSet) -> AddressSet:
         old = self.old_sets[wanted.name]
-        return replace(wanted, slot="" if old.slot else "b", kernel="", members=old.members)
+        return replace(wanted, slot="" if old.slot else "b", kernel="")
 
     def _made(self, sets: Iterable[AddressSet]) -> Iterable[Line]:
-        """Sets without their content, dynamic ones with the members that their predecessors had."""
+        """Sets without their content, dynamic ones with their members."""
         for each in sets:
             yield self._set_line(each), each.origin
-            if each.members:
-                texts = ", ".join(member_text(each, address, left) for address, left in each.members[: each.size])
-                yield f"add element {TABLE} {each.kernel_name} {{ {texts} }}", each.origin
+            yield from self._member_line(each)
+
+    def _member_line(self, each: AddressSet) -> Iterable[Line]:
+        if each.members:
+            texts = ", ".join(member_text(each, address, left) for address, left in each.members[: each.size])
+            yield f"add element {TABLE} {each.kernel_name} {{ {texts} }}", each.origin
 
     def _set_line(self, each: AddressSet, *, content: bool = False) -> str:
         inline = f" elements = {elements(each.version, each.ranges)};" if content and each.ranges else ""
@@ -177,6 +177,7 @@ class _Update:
         for each in self.new_sets:
             if each not in beforehand:
                 yield self._set_line(each, content=True), each.origin
+                yield from self._member_line(each)
         yield from self._new_chains(touched, moved, names)
         yield from self._small_contents(flipped)
 

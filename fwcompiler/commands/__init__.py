@@ -1,6 +1,6 @@
 """The commands of `fwc`: importing this package registers all of them."""
 
-from fwcompiler.commands import change, look, policy
+from fwcompiler.commands import change, look, members, policy
 from fwcompiler.commands.app import app
 
-__all__ = ["app", "change", "look", "policy"]
+__all__ = ["app", "change", "look", "members", "policy"]

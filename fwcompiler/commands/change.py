@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -101,6 +102,8 @@ def apply(
                     show_plan(planned, compiled, options)
                 ask(yes, "apply this?")
             applied = stage.apply(compiled, planned, wanted, host, proof=proof)
+    for note in applied.notes:
+        print(f"warning: {note}", file=sys.stderr)
     if options.json:
         from fwcompiler.report import diff_json
 

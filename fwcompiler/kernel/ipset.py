@@ -25,7 +25,7 @@ Element = tuple[int, int]
 
 _NETLINK_NETFILTER = 12
 _SUBSYSTEM = 6 << 8  # NFNL_SUBSYS_IPSET
-_LIST, _ADD, _DEL = 7, 9, 10
+_LIST, _ADD, _DEL, _TEST = 7, 9, 10, 11
 _SO_SNDBUFFORCE = 32
 _REQUEST, _ACK = 1, 4
 _ERROR, _DONE = 2, 3
@@ -39,6 +39,7 @@ _FLAG_NOMATCH = 1 << 2  # IPSET_FLAG_NOMATCH among the CADT flags
 _ADT_ROOM = 65535 - 4
 """The length of an attribute is a u16 and counts its own header."""
 
+_NOT_THERE = 4103  # IPSET_ERR_EXIST: for a test, the element is not in the set
 _ERRORS = {
     4097: "it is of the other address family, or the kernel speaks another ipset protocol",
     4100: "it is busy",
@@ -106,6 +107,26 @@ def add_members(name: str, version: int, entries: Sequence[tuple[int, int | None
         session.send(_ADD, [(a, BITS[version]) for a, _ in entries], [left or 0 for _, left in entries])
 
 
+def remove_member(name: str, version: int, address: int) -> None:
+    """Take a member out of a dynamic set, or find it gone.
+
+    Raises:
+        HostRefused: no such set, wrong family.
+    """
+    with _Session(name, version) as session:
+        session.send(_DEL, [(address, BITS[version])])
+
+
+def lookup(name: str, version: int, address: int) -> bool:
+    """True when the set holds the address.
+
+    Raises:
+        HostRefused: no such set, wrong family.
+    """
+    with _Session(name, version) as session:
+        return session.holds(address)
+
+
 def elements(version: int, ranges: Iterable[Range]) -> list[Element]:
     """The fewest prefixes for ranges. ``hash:net`` cannot hold /0 (ipset(8)): two /1 stand for it."""
     cut = list(prefixes(version, ranges))
@@ -136,6 +157,10 @@ def _near(version: int, stored: Sequence[Element], changed: Ranges) -> list[Elem
 def _span(version: int, element: Element) -> Range:
     network, length = element
     return network, network + (1 << (BITS[version] - length)) - 1
+
+
+class _NotThere(HostRefused):
+    """The kernel's answer about an element that a set does not hold."""
 
 
 class _Session:
@@ -170,6 +195,17 @@ class _Session:
             self._request(command, _attribute(_A_LINENO, struct.pack("=I", 0)) + _attribute(_A_ADT | _NESTED, body), _ACK)
             for _ in self._replies():
                 pass
+
+    def holds(self, address: int) -> bool:
+        """Ask about one address. The kernel answers with an acknowledgement, or says that it "is not there"."""
+        element = _encode(self.version, [(address, BITS[self.version])], None)[4:]
+        self._request(_TEST, _attribute(_A_DATA | _NESTED, element), _ACK)
+        try:
+            for _ in self._replies():
+                pass
+        except _NotThere:
+            return False
+        return True
 
     def stored(self) -> tuple[list[Element], list[Element]]:
         """Prefixes as stored: those that match, and those entered as ``nomatch``."""
@@ -248,9 +284,10 @@ class _Session:
                 yield body
 
     def _refused(self, number: int) -> HostRefused:
+        refusal = _NotThere if number == _NOT_THERE else HostRefused
         text = _ERRORS.get(number) or (os.strerror(number) if number < 4096 else f"ipset error {number}")
         hint = "there is no such set" if number == 2 else ""
-        return HostRefused(f"ipset `{self.name}`: {text}", hint=hint)
+        return refusal(f"ipset `{self.name}`: {text}", hint=hint)
 
 
 def _attribute(kind: int, payload: bytes) -> bytes:

@@ -193,6 +193,35 @@ def read_members(kind: SetKind, name: str, version: int) -> tuple[tuple[int, int
     return tuple((address, None if left is None else left * 1000) for address, left in ipset.members(name))
 
 
+def holds(kind: SetKind, name: str, version: int, address: int) -> bool:
+    """True where a set holds an address, static or dynamic; takes the same time however large it is."""
+    return nftset.lookup(name, version, address) if kind == "nft" else ipset.lookup(name, version, address)
+
+
+def put_members(kind: SetKind, name: str, version: int, entries: Sequence[tuple[int, int | None]]) -> None:
+    """Put members with the milliseconds they have left (None: for good) into a dynamic set; a present one starts anew.
+
+    Raises:
+        HostRefused: no such set, or it is full.
+    """
+    if kind == "nft":
+        nftset.add_members(name, version, entries)
+    else:
+        ipset.add_members(name, version, [(address, None if left is None else max(1, -(-left // 1000))) for address, left in entries])
+
+
+def take_member(kind: SetKind, name: str, version: int, address: int) -> None:
+    """Take a member out of a dynamic set; it may be gone already.
+
+    Raises:
+        HostRefused: no such set.
+    """
+    if kind == "nft":
+        nftset.remove_member(name, version, address)
+    else:
+        ipset.remove_member(name, version, address)
+
+
 def iptables_rules(variant: str) -> int:
     """How many rules one iptables variant holds, both families; 0 where it is not installed or may not be asked."""
     total = 0

@@ -1,0 +1,80 @@
+"""Commands about dynamic members: allow, revoke, members."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fwcompiler.commands.app import Options, app, chosen_host, print_json
+from fwcompiler.diagnostics import EXIT_OK
+
+if TYPE_CHECKING:
+    from fwcompiler.dynamic import MemberChange
+
+GroupName = Annotated[str, typer.Argument(metavar="GROUP", help="A group that the policy calls dynamic.")]
+Address = Annotated[str, typer.Argument(metavar="ADDR", help="One address, IPv4 or IPv6.")]
+
+
+@app.command()
+def allow(
+    context: typer.Context,
+    group: GroupName,
+    address: Address,
+    length: Annotated[str | None, typer.Option("--for", metavar="TIME", help="90s, 30m, 12h, 7d; default: as the policy says.")] = None,
+    reason: Annotated[str, typer.Option(help="Why; it is recorded.")] = "",
+) -> int:
+    """Let an address into a dynamic group, at once; for one that is in already the time starts anew."""
+    from fwcompiler import dynamic
+
+    options: Options = context.obj
+    with chosen_host(options) as host:
+        change = dynamic.allow(host, group, address, length, reason)
+    return _shown(change, options)
+
+
+@app.command()
+def revoke(context: typer.Context, group: GroupName, address: Address) -> int:
+    """Take an address out of a dynamic group, at once."""
+    from fwcompiler import dynamic
+
+    options: Options = context.obj
+    with chosen_host(options) as host:
+        change = dynamic.revoke(host, group, address)
+    return _shown(change, options)
+
+
+def _shown(change: MemberChange, options: Options) -> int:
+    from fwcompiler.membership import change_json, change_text
+
+    if options.json:
+        print_json(change_json(change))
+    elif not options.quiet:
+        print(change_text(change))
+    return EXIT_OK
+
+
+@app.command()
+def members(
+    context: typer.Context,
+    group: Annotated[str | None, typer.Argument(metavar="GROUP", help="Only this group's.")] = None,
+    history: Annotated[bool, typer.Option("--history", help="Who was let in and taken out, when and by whom.")] = False,
+) -> int:
+    """List dynamic members: how long they stay, who let them in, and why."""
+    from fwcompiler import membership
+
+    options: Options = context.obj
+    with chosen_host(options) as host:
+        if history:
+            told = membership.read_history(host, group)
+            if options.json:
+                print_json(membership.history_json(told))
+            else:
+                print(membership.history_text(told, color=options.color_out))
+            return EXIT_OK
+        found = membership.read_members(host, group)
+    if options.json:
+        print_json({"members": found})
+    else:
+        print(membership.members_text(found, color=options.color_out))
+    return EXIT_OK
