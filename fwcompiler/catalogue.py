@@ -95,3 +95,5 @@ _SERVICES = (
 )
 
 CATALOGUE: dict[str, Service] = {s.name: s for s in _SERVICES}
+RESPONDER_PORT = 8880
+"""Where `fwc responder` listens: what arrives for port 80 is redirected there, and nothing else reaches it."""
