@@ -8,6 +8,7 @@ from ipaddress import ip_address, ip_network
 from pathlib import Path
 
 import docexamples
+import kernelspace
 import pytest
 import typer
 
@@ -39,6 +40,7 @@ def read(page: str) -> str:
 def test_examples_do_what_the_page_says(page: str, tmp_path: Path, netns: str, update_docs: bool) -> None:
     """Every command on a page gives exactly the output that stands below it, when run in order on a fresh host."""
     text = read(page)
+    kernelspace.in_named(netns, "ip", "link", "set", "lo", "up")
     real = docexamples.run_page(text, tmp_path, netns)
     if update_docs:
         (ROOT / page).write_text(real, encoding="utf-8")
