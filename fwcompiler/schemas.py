@@ -49,6 +49,7 @@ SCHEMAS: dict[str, Callable[[], dict[str, Any]]] = {
     "verify": _shape(shapes.VerifyShape),
     "test": _shape(shapes.TestsShape),
     "lab": _shape(shapes.LabShape),
+    "audit": _shape(shapes.AuditShape),
     "members": _shape(shapes.MembersShape),
     "members-history": _shape(shapes.MembersHistoryShape),
     "member-change": _shape(shapes.MemberChangeShape),

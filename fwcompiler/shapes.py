@@ -245,3 +245,62 @@ class LabShape(TypedDict):
     agrees: bool
     probes: list[ProbeShape]
     left_out: list[str]
+
+
+class IssueShape(TypedDict):
+    """One finding of the audit; `at` is file:line:column, `place` says where in words."""
+
+    code: str
+    severity: Literal["note", "warning", "error"]
+    message: str
+    at: str | None
+    place: str
+    remedy: str
+
+
+class ExposureShape(TypedDict):
+    """One line of the exposure matrix: how much of a group reaches each service."""
+
+    who: str
+    size: str
+    reaches: dict[str, Literal["all", "some", "none"]]
+
+
+class PortShape(TypedDict):
+    """One range of the port plan."""
+
+    lane: str
+    label: str
+    first: int
+    last: int
+    kind: Literal["public", "restricted", "asterisk", "local"]
+
+
+class CertificateShape(TypedDict):
+    """A certificate that a port shows or a file holds."""
+
+    place: str
+    subject: str
+    issuer: str
+    names: list[str]
+    not_after: str
+    days_left: int
+    key: str
+
+
+class AuditShape(TypedDict):
+    """`audit --json`: `ok` is false where a finding is as bad as `--fail-on`; `in_sync` None where the rules could not be read."""
+
+    policy: str
+    name: str
+    host: str
+    at: str
+    ok: bool
+    counts: dict[str, int]
+    findings: list[IssueShape]
+    exposure: list[ExposureShape]
+    ports: list[PortShape]
+    certificates: list[CertificateShape]
+    in_sync: bool | None
+    drift: list[str]
+    left_out: list[str]

@@ -12,6 +12,7 @@ import typer
 from pydantic import BaseModel, Discriminator, Tag
 
 from fwcompiler import policy
+from fwcompiler.audit.findings import CODES as AUDIT_CODES
 from fwcompiler.catalogue import CATALOGUE
 from fwcompiler.commands import app
 from fwcompiler.diagnostics import CODES
@@ -126,7 +127,7 @@ def commands_page() -> Iterator[str]:
 
 EXIT_CODES = {
     0: "done, or in sync",
-    1: "differs: `diff`, `apply --dry-run`, a lab that disagrees with the policy",
+    1: "differs: `diff`, `apply --dry-run`, a lab that disagrees with the policy; findings of `audit`",
     2: "the command line cannot be carried out",
     3: "the policy was rejected",
     4: "the kernel or the host refused; nothing was changed",
@@ -159,6 +160,10 @@ def errors_page() -> Iterator[str]:
     yield "A finding reads `file:line:column: error[code]: what is wrong`, then the line, a caret and a hint. These are the codes.\n"
     yield "| code | what it means |\n|---|---|"
     yield from (f"| `{code}` | {meaning} |" for code, meaning in sorted(CODES.items()))
+    yield "\n## Findings of the audit\n"
+    yield "`fwc audit` has the warnings above, and findings about the host. [Its page](howto/audit.md) says what to do about them.\n"
+    yield "| code | what it means |\n|---|---|"
+    yield from (f"| `{code}` | {meaning} |" for code, meaning in sorted(AUDIT_CODES.items()))
     yield ""
 
 

@@ -1,6 +1,7 @@
 """The commands of `fwc`: importing this package registers all of them."""
 
 from fwcompiler.commands import (
+    audit,
     change,
     look,
     members,
@@ -11,6 +12,7 @@ from fwcompiler.commands.app import app
 
 __all__ = [
     "app",
+    "audit",
     "change",
     "look",
     "members",

@@ -1,0 +1,277 @@
+"""Gathers the facts. What this user may not see, or the host does not have, is left out and said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from fwcompiler.addresses import LOOPBACK, NOBODY, Addresses, Ranges, address_text, merged, parse_address
+from fwcompiler.asterisk import FOLDER, Configuration, Disk, read_configuration
+from fwcompiler.audit.agreement import TLS_PORT, http_binds
+from fwcompiler.audit.exposure import beyond
+from fwcompiler.audit.facts import (
+    ASTERISK_FILES,
+    Answer,
+    CertificateFile,
+    Conntrack,
+    Drift,
+    Facts,
+    Helper,
+    LockedOut,
+    OwnAddress,
+    Rules,
+    Served,
+)
+from fwcompiler.audit.published import published
+from fwcompiler.audit.signalling import sip_names
+from fwcompiler.backend import Saved
+from fwcompiler.diagnostics import Failure, PolicyRejected, UsageError
+from fwcompiler.kernel import hostfacts, sockets, web
+from fwcompiler.kernel.netns import Namespace
+from fwcompiler.pipeline import Compiled, Host, plan
+from fwcompiler.ports import PROTOCOLS
+from fwcompiler.proof.fields import Packet
+from fwcompiler.proof.meaning import explain
+from fwcompiler.registry import load
+from fwcompiler.report import access_lines
+from fwcompiler.ruleset import Ruleset
+
+if TYPE_CHECKING:
+    from fwcompiler.kernel.sockets import Listener, Peer
+
+T = TypeVar("T")
+TLS_SERVICES = ("https", "wss")
+SSH = 22
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What the command line says about gathering."""
+
+    asterisk: str | None = None
+    name: str | None = None
+    authority: str | None = None
+    resolve: bool = False
+
+
+def gather(compiled: Compiled, host: Host | None, wishes: Wishes, left_out: Sequence[str] = ()) -> Facts:
+    """All facts about the host. `host` is None where no backend can be used, and `left_out` says why.
+
+    Raises:
+        UsageError: a folder or file of the wishes is not there.
+        PolicyRejected: the backend cannot express the policy, or a list of it has shrunk.
+    """
+    return _Gatherer(compiled, host, wishes, left_out).facts()
+
+
+class _Gatherer:
+    """Collects facts one by one, and what is missing."""
+
+    def __init__(self, compiled: Compiled, host: Host | None, wishes: Wishes, left_out: Sequence[str]) -> None:
+        self.left_out = list(left_out)
+        self._compiled, self._host, self._wishes = compiled, host, wishes
+        self._policy = compiled.resolved
+        self._name = wishes.name or hostfacts.host_name()
+
+    def facts(self) -> Facts:
+        """Everything; the live rules last, since trying rules out without root leaves the host's network."""
+        folder, asterisk = self._asterisk()
+        namespace = self._host.namespace if self._host else Namespace()
+        with namespace.entered():
+            addresses = self._try("this host's addresses", hostfacts.addresses)
+            listeners = self._try("listening sockets", sockets.listeners)
+            served = tuple(self._served(listeners, asterisk))
+            answers = tuple(self._answers(listeners))
+            names = sip_names(asterisk) if self._wishes.resolve else []
+            resolved = {name: _addresses(web.addresses_of(name)) for name in names}
+            filters = self._try("other packet filters", hostfacts.filters)
+            conntrack, helper = self._conntrack(), self._helper(filters)
+            peers = self._try("connected administrators", lambda: sockets.peers(self._ssh_ports()))
+            local_ports = hostfacts.local_ports()
+        own = tuple(OwnAddress(a.version, a.address, a.name, a.wide) for a in addresses) if addresses is not None else None
+        drift, live = self._drift()
+        members = _members(live)
+        return Facts(
+            name=self._name,
+            now=datetime.now(UTC),
+            asterisk_folder=folder,
+            asterisk=asterisk,
+            addresses=own,
+            listeners=listeners,
+            local_ports=local_ports,
+            conntrack=conntrack,
+            helper=helper,
+            served=served,
+            certificate_files=tuple(self._certificate_files(asterisk, folder)),
+            answers=answers,
+            rules=self._rules(filters, own, live) if filters else None,
+            drift=drift,
+            locked_out=tuple(self._locked_out(peers, members)) if peers is not None else None,
+            resolved_names={name: found for name, found in resolved.items() if found},
+            members=members,
+            left_out=tuple(self.left_out),
+        )
+
+    def _try(self, what: str, ask: Callable[[], T]) -> T | None:
+        """An answer, or None and a line about what is missing."""
+        try:
+            return ask()
+        except (UsageError, PolicyRejected):
+            raise
+        except Failure as failure:
+            hint = f" ({failure.hint})" if failure.hint else ""
+            self.left_out.append(f"{what}: {failure.message or failure}{hint}")
+            return None
+
+    def _asterisk(self) -> tuple[str, dict[str, Configuration]]:
+        folder = self._wishes.asterisk or FOLDER
+        if not Path(folder).is_dir():
+            if self._wishes.asterisk:
+                raise UsageError(f"there is no folder `{folder}`", hint="--asterisk-dir names the folder of rtp.conf and its likes")
+            self.left_out.append(f"agreement with Asterisk: there is no folder {folder} (--asterisk-dir names another)")
+            return folder, {}
+        found: dict[str, Configuration] = {}
+        for name in ASTERISK_FILES:
+            path = f"{folder.rstrip('/')}/{name}"
+            configuration = read_configuration(path, folder, Disk())
+            if configuration is not None:
+                found[name] = configuration
+            elif Path(path).exists():
+                self.left_out.append(f"agreement with Asterisk: {path} cannot be read (this needs root, or the group asterisk)")
+        if not found and not any(folder in line for line in self.left_out):
+            self.left_out.append(f"agreement with Asterisk: {folder} holds none of {', '.join(ASTERISK_FILES)}")
+        return folder, found
+
+    def _ports_of(self, names: Sequence[str], usual: Sequence[int]) -> list[int]:
+        named = [low for s in self._policy.services if s.name in names for p in s.ports if p.protocol == "tcp" for low, _ in p.ranges]
+        return list(dict.fromkeys((*named, *usual)))
+
+    def _ssh_ports(self) -> list[int]:
+        return self._ports_of(("ssh",), (SSH,))
+
+    def _where(self, listeners: Sequence[Listener] | None, port: int) -> str | None:
+        """An address of this host under which a port can be asked; None where nothing listens."""
+        if listeners is None:
+            return "127.0.0.1"
+        found = [each for each in listeners if each.protocol == "tcp" and each.port == port]
+        if not found:
+            return None
+        best = next((each for each in found if beyond(each)), found[0])
+        if best.address:
+            return address_text(best.version, best.address)
+        return "127.0.0.1" if 4 in best.versions else "::1"
+
+    def _served(self, listeners: Sequence[Listener] | None, asterisk: dict[str, Configuration]) -> Iterator[Served]:
+        tls = http_binds(asterisk["http.conf"])[1] if "http.conf" in asterisk else None
+        usual = (443, TLS_PORT) if listeners is not None else ()
+        for port in self._ports_of(TLS_SERVICES, (*usual, *((tls.port,) if tls else ()))):
+            where = self._where(listeners, port)
+            if where is None:
+                continue
+            authority = self._wishes.authority
+            ask = partial(web.certificate_chain, where, port, self._name, authority)
+            answer = self._try(f"the certificate on tcp/{port}", ask)
+            if answer is not None:
+                yield Served(port, where, *answer)
+
+    def _answers(self, listeners: Sequence[Listener] | None) -> Iterator[Answer]:
+        if not any(s.name == "http" for s in self._policy.services):
+            return
+        for port in self._ports_of(("http",), ()):
+            where = self._where(listeners, port)
+            if where is None:
+                continue
+            hops, error = web.http_hops(where, port, self._name)
+            if error:
+                self.left_out.append(f"the redirect on tcp/{port}: {error}")
+            yield Answer(port, where, hops, error)
+
+    def _certificate_files(self, asterisk: dict[str, Configuration], folder: str) -> Iterator[CertificateFile]:
+        """The file that http.conf names for its TLS port."""
+        if "http.conf" not in asterisk:
+            return
+        _, tls, setting = http_binds(asterisk["http.conf"])
+        if tls is None or setting is None:
+            return
+        path = setting.value if setting.value.startswith("/") else f"{folder}/{setting.value}"
+        content = hostfacts.content(path)
+        if isinstance(content, bytes):
+            yield CertificateFile(path, str(setting.at), tls.port, content)
+        elif "permission" in content:
+            self.left_out.append(f"the certificate file {path}: {content} (this needs root)")
+        else:
+            yield CertificateFile(path, str(setting.at), tls.port, error=content)
+
+    def _conntrack(self) -> Conntrack | None:
+        room, count = hostfacts.number("netfilter/nf_conntrack_max"), hostfacts.number("netfilter/nf_conntrack_count")
+        if room is None or count is None:
+            self.left_out.append("room in the connection table: the kernel does not track connections, or does not say")
+            return None
+        return Conntrack(count, room, hostfacts.number("netfilter/nf_conntrack_udp_timeout") or 30)
+
+    def _helper(self, filters: hostfacts.Filters | None) -> Helper:
+        automatic = hostfacts.number("netfilter/nf_conntrack_helper") == 1
+        return Helper(hostfacts.module_loaded("nf_conntrack_sip"), automatic, filters.sip_helpers() if filters else ())
+
+    def _rules(self, filters: hostfacts.Filters, own: Sequence[OwnAddress] | None, live: Ruleset | None) -> Rules:
+        mine: dict[int, Ranges] = {v: merged((a.address, a.address) for a in own or () if a.version == v) for v in (4, 6)}
+        found = [p for source, ruleset in _rulesets(filters) for p in published(ruleset, mine, source)]
+        unique = {(p.protocol, p.span, p.to): p for p in reversed(found)}
+        bypass = live.bypass if live is not None else ()
+        return Rules(filters.legacy_rules(), filters.nft_rules(), tuple(reversed(unique.values())), bypass)
+
+    def _drift(self) -> tuple[Drift | None, Ruleset | None]:
+        host = self._host
+        if host is None:
+            return None, None
+        planned = self._try("drift", lambda: plan(self._compiled, host)[0])
+        if planned is None:
+            return None, None
+        access = [
+            *access_lines(planned.access.gained, self._policy, "+", "would reach"),
+            *access_lines(planned.access.lost, self._policy, "-", "would no longer reach"),
+        ]
+        return Drift(bool(planned.live), planned.in_sync, planned.changes(), tuple(access)), planned.live
+
+    def _locked_out(self, peers: Sequence[Peer], members: Mapping[str, Addresses]) -> Iterator[LockedOut]:
+        """Peers that the policy would refuse as new ones; members at run time count."""
+        for peer in dict.fromkeys((p.version, p.address, p.local_port) for p in peers):
+            version, address, port = peer
+            low, high = LOOPBACK[version]
+            if low <= address <= high or any((version, address) in m for m in members.values()):
+                continue
+            found = explain(self._policy, Packet(version, address, PROTOCOLS["tcp"], port))
+            if found.verdict != "accept":
+                yield LockedOut(address_text(version, address), port, found.reason)
+
+
+def _rulesets(filters: hostfacts.Filters) -> Iterator[tuple[str, Ruleset]]:
+    """Whatever can be read of the listings; nobody else's rules stop an audit."""
+    with suppress(ValueError, LookupError, UsageError):
+        if filters.nft:
+            yield "nftables", load("nftables").foreign([Saved("nft", filters.nft)], Ruleset())
+    for version, variant, text in filters.saves:
+        with suppress(ValueError, LookupError, UsageError):
+            program = f"{'ip6' if version == 6 else 'ip'}tables-{variant}"
+            yield program, load(f"iptables-{variant}").foreign([Saved(program, text)], Ruleset())
+
+
+def _addresses(found: Sequence[tuple[int, str]]) -> Addresses:
+    parsed = [parse_address(text.partition("%")[0]) for _, text in found]
+    return Addresses.of(((a, a) for v, a in parsed if v == 4), ((a, a) for v, a in parsed if v == 6))
+
+
+def _members(live: Ruleset | None) -> dict[str, Addresses]:
+    found: dict[str, Addresses] = {}
+    for each in live.sets if live else ():
+        if each.dynamic:
+            spans = [(a, a) for a, _ in each.members]
+            added = Addresses.of(spans if each.version == 4 else [], spans if each.version == 6 else [])
+            group = each.name.partition(".")[0]
+            found[group] = found.get(group, NOBODY) | added
+    return found

@@ -1,0 +1,126 @@
+"""What the running host shows: drift, lock-out, what goes past the rules, plain HTTP, the connection table, the SIP helper."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+from fwcompiler.audit.facts import Answer, Conntrack, Drift, Facts, Helper, Rules
+from fwcompiler.audit.findings import Issue
+from fwcompiler.diagnostics import Position
+from fwcompiler.ports import port_text
+from fwcompiler.resolve import Resolved, ResolvedService
+
+NEARLY_FULL = 0.75
+LEAST_ROOM = 65_536
+"""Entries that a table should hold at least, where audio from anywhere makes them."""
+HTTPS_AFTER = 6
+"""Redirects that a browser would still find reasonable on the way to HTTPS."""
+
+
+def host(policy: Resolved, facts: Facts, where: Position) -> Iterator[Issue]:
+    """Every check of the running host; `where` is the policy file."""
+    if facts.drift is not None:
+        yield from _drift(facts.drift, where)
+    for each in facts.locked_out or ():
+        message = f"{each.source} is connected to tcp/{each.port}, and could not connect again: {each.reason}"
+        at = next((s.at for s in policy.services if s.name == "ssh"), where)
+        yield Issue("lock-out", "error", message, at, remedy="add the address to a group that `ssh` names")
+    if facts.rules is not None:
+        yield from _rules(facts.rules)
+    yield from _redirects(policy, facts)
+    if facts.helper is not None:
+        yield from _helper(facts.helper)
+    if facts.conntrack is not None:
+        yield from _room(policy, facts.conntrack)
+
+
+def _drift(drift: Drift, where: Position) -> Iterator[Issue]:
+    if not drift.loaded:
+        yield Issue("not-loaded", "error", "no rules of fwc are loaded: nothing of this policy is in force", where, remedy="fwc apply")
+    elif not drift.in_sync:
+        more = f", and {len(drift.changes) - 3} more" if len(drift.changes) > 3 else ""
+        what = "; ".join(drift.access[:3]) or "; ".join(drift.changes[:3]) + more
+        message = f"the live rules differ from the policy; an apply would change: {what}"
+        yield Issue("drift", "error", message, where, remedy="`fwc diff` shows everything, `fwc apply` puts it right")
+
+
+def _rules(rules: Rules) -> Iterator[Issue]:
+    for each in rules.published:
+        ports = f"{each.protocol}/{port_text(each.span)}"
+        message = f"{ports} is handed on to {each.to} by {each.by}, before this policy is asked: whoever reaches the host reaches it"
+        remedy = f"publish it on one address only (`127.0.0.1:{each.span[0]}:…`), or filter it where it is forwarded (docker: DOCKER-USER)"
+        yield Issue("docker-bypass", "error", message, place=ports, remedy=remedy)
+    for line in rules.bypass:
+        yield Issue("rules-before", "warning", line, place="packet filter", remedy="`fwc status` shows it; take the rule out")
+    if rules.legacy and rules.nft:
+        message = (
+            f"{rules.legacy} rules of iptables-legacy are in force beside nftables: every packet passes both, and each tool shows half"
+        )
+        yield Issue(
+            "two-variants", "warning", message, place="packet filter", remedy="move the legacy rules over, then `iptables-legacy -F`"
+        )
+
+
+def _redirects(policy: Resolved, facts: Facts) -> Iterator[Issue]:
+    service = next((s for s in policy.services if s.name == "http"), None)
+    if service is None or facts.answers is None:
+        return
+    for answer in facts.answers:
+        if not answer.error:
+            yield from _redirect(answer, service)
+
+
+def _redirect(answer: Answer, service: ResolvedService) -> Iterator[Issue]:
+    """The last hop has to lead to HTTPS; one that serves content in the clear is what the check is for."""
+    place = f"tcp/{answer.port} ({answer.where})"
+    url, status, target = answer.hops[-1]
+    remedy = "redirect everything but /.well-known/acme-challenge/ to https:// (docs/howto/audit.md has the lines for Apache and nginx)"
+    if target and urlsplit(target).scheme == "https" and 300 <= status < 400:
+        return
+    if 200 <= status < 300:
+        message = f"plain HTTP answers {status} for {url}: passwords of agents and managers pass in the clear"
+        yield Issue("redirect", "error", message, service.at, place, remedy)
+    elif 300 <= status < 400:
+        message = f"plain HTTP leads to {target or 'nowhere'} and does not end at HTTPS after {len(answer.hops)} requests"
+        yield Issue("redirect", "error", message, service.at, place, remedy)
+    else:
+        yield Issue("redirect", "warning", f"plain HTTP answers {status} for {url} and does not lead to HTTPS", service.at, place, remedy)
+
+
+def _helper(helper: Helper) -> Iterator[Issue]:
+    remedy = "take the rule out; `rmmod nf_conntrack_sip nf_nat_sip`"
+    for rule in helper.rules:
+        message = f"{rule} gives SIP to the kernel's helper: it rewrites messages, and media from a second address of a carrier is lost"
+        yield Issue("sip-helper", "error", message, place="packet filter", remedy=remedy)
+    if helper.loaded and helper.automatic:
+        message = "the kernel's SIP helper is loaded and given to every connection to port 5060"
+        yield Issue(
+            "sip-helper", "error", message, place="net.netfilter.nf_conntrack_helper", remedy="sysctl net.netfilter.nf_conntrack_helper=0"
+        )
+    elif helper.loaded and not helper.rules:
+        message = "the kernel's SIP helper is loaded; no rule gives it anything"
+        yield Issue("sip-helper", "note", message, place="nf_conntrack_sip", remedy="rmmod nf_nat_sip nf_conntrack_sip")
+
+
+def flood(conntrack: Conntrack) -> int:
+    """Packets a second from invented addresses that fill the table, each making an entry that lasts the UDP timeout."""
+    return conntrack.room // max(1, conntrack.udp_timeout)
+
+
+def _room(policy: Resolved, conntrack: Conntrack) -> Iterator[Issue]:
+    share = conntrack.count / conntrack.room if conntrack.room else 0.0
+    remedy = "sysctl net.netfilter.nf_conntrack_max (262144 or more), and nf_conntrack_buckets with it"
+    if share >= NEARLY_FULL:
+        message = f"the connection table holds {conntrack.count:,} of {conntrack.room:,} entries: when it is full, new calls are dropped"
+        yield Issue(
+            "conntrack-room", "error" if share >= 0.95 else "warning", message, place="net.netfilter.nf_conntrack_max", remedy=remedy
+        )
+    public = [s for s in policy.services if s.groups is None and any(p.protocol == "udp" for p in s.ports)]
+    ports = sum(high - low + 1 for s in public for p in s.ports if p.protocol == "udp" for low, high in p.ranges)
+    if ports and conntrack.room < max(LEAST_ROOM, 4 * ports):
+        message = (
+            f"the connection table has room for {conntrack.room:,} entries, and {ports:,} UDP ports are open to anywhere: "
+            f"{flood(conntrack):,} packets a second from invented addresses fill it"
+        )
+        yield Issue("conntrack-room", "warning", message, place="net.netfilter.nf_conntrack_max", remedy=remedy)
