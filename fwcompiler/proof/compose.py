@@ -248,7 +248,7 @@ def _clause(clause: Clause, version: int) -> Iterator[Composed]:
         if clause.icmp[0] != version:
             return
         conditions += [_protocol("icmp" if version == 4 else "icmpv6"), Condition(TYPE, _joined(tuple((t, t) for t in clause.icmp[1])))]
-    conditions += [Condition(SOURCE, negated=True, atom=_member(name, version)) for name in clause.spared]
+    conditions += [Condition(SOURCE, negated=True, atom=member_text(name, version)) for name in clause.spared]
     if clause.spared_source is not None:
         conditions.append(Condition(SOURCE, clause.spared_source.family(version), negated=True))
     for ports in _alternatives(clause):
@@ -270,9 +270,9 @@ def _sources(clause: Clause, version: int) -> Iterator[list[Condition]]:
     if clause.source is not None:
         yield [Condition(SOURCE, clause.source.family(version))]
     for name in clause.dynamic:
-        yield [Condition(SOURCE, atom=_member(name, version))]
+        yield [Condition(SOURCE, atom=member_text(name, version))]
 
 
-def _member(group: str, version: int) -> str:
+def member_text(group: str, version: int) -> str:
     """The atom of a group's dynamic members; kernels name the set so."""
     return f"source is a member of {group}.dynamic.v{version}"

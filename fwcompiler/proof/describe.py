@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from fwcompiler.addresses import LAST, LOOPBACK, Ranges, address_text, range_text, subtract
-from fwcompiler.ports import PROTOCOLS, port_text
-from fwcompiler.proof.fields import Packet
-from fwcompiler.proof.meaning import explain
+from fwcompiler.addresses import LAST, LOOPBACK, Addresses, Ranges, address_text, covers, merged, range_text, subtract
+from fwcompiler.ports import PROTOCOLS, WITH_PORTS, port_text
+from fwcompiler.proof.compose import limit_text, member_text
+from fwcompiler.proof.fields import ECHO_REQUEST, Packet
+from fwcompiler.proof.meaning import Explanation, clauses, explain
 from fwcompiler.proof.prove import Box, Difference
 from fwcompiler.proof.space import (
     DESTINATION,
@@ -56,49 +58,76 @@ from fwcompiler.ruleset import (
     Verdict,
 )
 
+_DYNAMIC = re.compile(r"(\w+) is a member of (.+)\.dynamic\.v[46]")
 MAX_RANGES = 4
+USUAL_PORT = 40000
+"""Where a packet comes from when nothing depends on it."""
 USUAL_STATES: tuple[State, ...] = ("new", "established", "related")
 """A box with all of these needs no word about states."""
 
 
 @dataclass(frozen=True, slots=True)
 class CounterExample:
-    """Packets that a kernel treats otherwise than the policy says, and one of them."""
+    """Packets that a kernel treats otherwise than the policy says, and one of them.
+
+    `given`: what no packet shows and the difference hangs on, by the prover's name for it: a limit that still holds or does
+    not, a source that is a member of a dynamic set or is not.
+    """
 
     packets: str
     packet: Packet
     policy: str
     kernel: str
+    given: Mapping[str, bool]
 
     def __str__(self) -> str:
-        return f"{self.packets}: the policy says {self.policy}; the kernel {self.kernel}"
+        return f"{self.packets}: the policy says {self.policy}; the kernel {self.kernel}; for example {packet_text(self.packet)}"
 
 
 def counter_examples(differences: tuple[Difference, ...], policy: Resolved, ruleset: Ruleset) -> Iterator[CounterExample]:
     """One for every box of a difference between a policy and a ruleset, in that order."""
     for difference in differences:
+        space = difference.space
+        names = {name: group.addresses.family(space.version) for name, group in policy.groups.items()}
         for box in difference.boxes:
-            packet = example(difference.space, box)
+            packet, given = example(space, box), assumed(space, box)
             wanted, found = box.verdicts
-            explained, decided = explain(policy, packet), trace(ruleset, packet)
+            explained, decided = _explained(policy, packet, given), trace(ruleset, packet, given=given)
             at = f" ({explained.at})" if explained.at else ""
             says = f"{wanted}: {explained.reason}{at}" if explained.verdict == wanted else wanted
-            yield CounterExample(box_text(difference.space, box), packet, says, _kernel(found, decided))
+            yield CounterExample(box_text(space, box, names), packet, says, _kernel(found, decided), given)
+
+
+def assumed(space: Space, box: Box) -> dict[str, bool]:
+    """What the packets of a box do not show, and the box says of it."""
+    return {name: box.masks[FIRST_ATOM + i] == 2 for name, i in space.atoms.items() if FIRST_ATOM + i in box.masks}
+
+
+def _explained(policy: Resolved, packet: Packet, given: Mapping[str, bool]) -> Explanation:
+    """What the meaning says, where the source is a member of groups and limits are exhausted as given."""
+    own = Addresses.of(*(([(packet.source, packet.source)], []) if packet.version == 4 else ([], [(packet.source, packet.source)])))
+    groups = {
+        name: replace(g, addresses=g.addresses | own) if given.get(member_text(name, packet.version)) else g
+        for name, g in policy.groups.items()
+    }
+    limits = {c.limit for c in clauses(policy) if c.limit and not given.get(limit_text(c.limit), True)}
+    return explain(replace(policy, groups=groups), packet, limits)
 
 
 def _kernel(verdict: str, decided: Decision) -> str:
-    where = f", in chain {decided.chain}" if decided.chain and decided.verdict == verdict else ""
-    label = f" as {decided.service}" if decided.service and decided.verdict == verdict else ""
+    where = "" if decided.chain or verdict != "accept" else ": they meet no rule of ours"
+    if decided.chain and decided.verdict == verdict:
+        where = f" in chain {decided.chain}: {rule_text(decided.rule)}" if decided.rule else f" at the end of chain {decided.chain}"
     unsure = f"; not modelled on the way: {decided.unsure}" if decided.unsure else ""
-    return f"{verdict}s them{label}{where}{unsure}"
+    return f"{verdict}s them{where}{unsure}"
 
 
-def box_text(space: Space, box: Box) -> str:
-    """`from 198.51.100.16/28 to udp/5060, state new`."""
+def box_text(space: Space, box: Box, groups: Mapping[str, Ranges] | None = None) -> str:
+    """`from carriers (198.51.100.16/28) to udp/5060, state new`. ``groups``: names of sets of sources."""
     masks = box.masks
-    source = _addresses(space, SOURCE, masks) or f"any IPv{space.version} address"
+    source = _addresses(space, SOURCE, masks, groups or {}) or f"any IPv{space.version} address"
     to = _target(space, masks)
-    destination = _addresses(space, DESTINATION, masks)
+    destination = _addresses(space, DESTINATION, masks, {})
     rest = [f"at {destination}"] if destination and not destination.startswith("any") else []
     if STATE in masks and set(USUAL_STATES) - set(space.names(STATE, masks[STATE])):
         rest.append(f"state {' or '.join(space.names(STATE, masks[STATE]))}")
@@ -106,37 +135,69 @@ def box_text(space: Space, box: Box) -> str:
         rest.append(f"interface {' or '.join(space.names(INTERFACE, masks[INTERFACE]))}")
     if SOURCE_PORT in masks:
         rest.append(f"from port {_numbers(space.ranges(SOURCE_PORT, masks[SOURCE_PORT]))}")
-    names = {FIRST_ATOM + i: name for name, i in space.atoms.items()}
-    rest += [("" if mask == 2 else "not: ") + names[number] for number, mask in sorted(masks.items()) if number >= FIRST_ATOM]
+    rest += [_given_text(name, holds) for name, holds in assumed(space, box).items()]
     return ", ".join([f"from {source} to {to}", *rest])
+
+
+def _given_text(name: str, holds: bool) -> str:
+    if name.startswith("limit "):
+        return f"while the {name} {'is not' if holds else 'is'} exhausted"
+    member = _DYNAMIC.fullmatch(name)
+    if member:
+        return f"{member[1]} is {'a' if holds else 'no'} dynamic member of {member[2]}"
+    return f"{'if' if holds else 'unless'} {name}"
 
 
 def _interface(space: Space, name: str) -> int:
     return 1 << space.interfaces.index(name) if name in space.interfaces else 0
 
 
-def _addresses(space: Space, number: int, masks: object) -> str:
-    assert isinstance(masks, dict)
+def _addresses(space: Space, number: int, masks: Mapping[int, int], groups: Mapping[str, Ranges]) -> str:
+    """Addresses in the policy's words: groups that lie inside by name; of most addresses, those that are missing."""
     if number not in masks:
         return ""
-    ranges = space.ranges(number, masks[number])
-    if ranges == subtract(((0, LAST[space.version]),), (LOOPBACK[space.version],)):
-        return f"any IPv{space.version} address"
-    shown = ", ".join(range_text(space.version, r) for r in ranges[:MAX_RANGES])
-    return shown + (f" and {len(ranges) - MAX_RANGES} more" if len(ranges) > MAX_RANGES else "")
+    version, ranges = space.version, space.ranges(number, masks[number])
+    if 2 * sum(high - low + 1 for low, high in ranges) <= LAST[version]:
+        return _named(version, ranges, groups)
+    missing = subtract(_elsewhere(space), ranges)
+    return f"any IPv{version} address" + (f" but {_named(version, missing, groups)}" if missing else "")
 
 
-def _target(space: Space, masks: object) -> str:
-    assert isinstance(masks, dict)
-    protocols = space.ranges(PROTOCOL, masks[PROTOCOL]) if PROTOCOL in masks else ()
-    names = {number: name for name, number in PROTOCOLS.items()}
-    protocol = ", ".join(names.get(low, str(low)) if low == high else f"protocols {low}-{high}" for low, high in protocols[:MAX_RANGES])
-    parts = [protocol + (" …" if len(protocols) > MAX_RANGES else "") or "any protocol"]
-    if PORT in masks:
-        parts.append(_numbers(space.ranges(PORT, masks[PORT])))
-    if TYPE in masks:
-        parts.append(f"type {_numbers(space.ranges(TYPE, masks[TYPE]))}")
-    return "/".join(parts)
+def _named(version: int, ranges: Ranges, groups: Mapping[str, Ranges]) -> str:
+    """Groups that lie inside, the largest first and no address twice; then what is left of the ranges."""
+    names: list[str] = []
+    left = ranges
+    for name in sorted(groups, key=lambda n: -sum(high - low + 1 for low, high in groups[n])):
+        own = groups[name]
+        if own and covers(left, own[0][0]) and covers(left, own[-1][1]) and not subtract(own, left):
+            names.append(f"{name} ({_some(version, (), own)})")
+            left = subtract(left, own)
+    return _some(version, names, left)
+
+
+def _some(version: int, names: Sequence[str], ranges: Ranges) -> str:
+    texts = [*names, *(range_text(version, r) for r in ranges[:MAX_RANGES])][:MAX_RANGES]
+    more = len(names) + len(ranges) - len(texts)
+    return ", ".join(texts) + (f" and {more} more" if more else "")
+
+
+def _target(space: Space, masks: Mapping[int, int]) -> str:
+    """`tcp/22, udp/5060`; ports and types stand with the protocols that have them."""
+    ports = f"/{_numbers(space.ranges(PORT, masks[PORT]))}" if PORT in masks else ""
+    types = f"/type {_numbers(space.ranges(TYPE, masks[TYPE]))}" if TYPE in masks else ""
+    if PROTOCOL not in masks:
+        return "any protocol" + (f" (tcp and udp{ports})" if ports else "") + (f" (icmp{types})" if types else "")
+    within = space.ranges(PROTOCOL, masks[PROTOCOL])
+    own = [name for name, number in PROTOCOLS.items() if covers(within, number)]
+    texts = [name + (ports if name in WITH_PORTS else types if name.startswith("icmp") else "") for name in own]
+    named = merged((number, number) for number in PROTOCOLS.values())
+    others = subtract(within, named)
+    if others == subtract(((0, 255),), named):
+        texts.append("other protocols")
+    else:
+        texts += [f"protocol {low}" if low == high else f"protocols {low}-{high}" for low, high in others[:MAX_RANGES]]
+        texts += ["…"] if len(others) > MAX_RANGES else []
+    return ", ".join(texts)
 
 
 def _numbers(ranges: Ranges) -> str:
@@ -147,34 +208,50 @@ def example(space: Space, box: Box) -> Packet:
     """One packet of a box, as ordinary as the box allows."""
     masks = box.masks
 
-    def number(field: int, usual: int) -> int:
+    def number(field: int, *usual: int) -> int:
         if field not in masks:
-            return usual
+            return usual[0]
         ranges = space.ranges(field, masks[field])
-        return usual if any(low <= usual <= high for low, high in ranges) else ranges[0][0]
+        return next((value for value in usual if covers(ranges, value)), ranges[0][0])
 
+    v4 = space.version == 4
+    protocol = number(PROTOCOL, 17, 6, PROTOCOLS["icmp" if v4 else "icmpv6"], *PROTOCOLS.values())
+    kind = number(TYPE, ECHO_REQUEST.get(protocol, 0))
     interfaces = space.names(INTERFACE, masks.get(INTERFACE, space.everything(INTERFACE)))
-    interface = "eth0" if OTHER_INTERFACE in interfaces else interfaces[0]
-    states: tuple[State, ...] = tuple(s for s in STATES if s in space.names(STATE, masks.get(STATE, space.everything(STATE))))
-    usual_host = 0xC0000201 if space.version == 4 else (0x2001_0DB8 << 96) + 1
-    usual_source = 0x08080808 if space.version == 4 else 0x2001_4860 << 96
+    elsewhere = DESTINATION in masks and subtract(_elsewhere(space), space.ranges(DESTINATION, masks[DESTINATION]))
     return Packet(
         space.version,
-        number(SOURCE, usual_source),
-        number(PROTOCOL, 17),
-        number(PORT, 5060),
-        number(DESTINATION, usual_host) if DESTINATION in masks else None,
-        number(SOURCE_PORT, 40000),
-        number(TYPE, 0),
-        interface,
-        states[0],
+        number(SOURCE, 0x08080808 if v4 else 0x2001_4860 << 96),
+        protocol,
+        number(PORT, *((5060, 22) if protocol == 17 else (22, 443))),
+        number(DESTINATION, 0xC0000201 if v4 else (0x2001_0DB8 << 96) + 1) if elsewhere else None,
+        number(SOURCE_PORT, USUAL_PORT),
+        kind,
+        "eth0" if OTHER_INTERFACE in interfaces else interfaces[0],
+        _state(space.names(STATE, masks.get(STATE, space.everything(STATE))), protocol, kind),
     )
+
+
+def _elsewhere(space: Space) -> Ranges:
+    """Everything but loopback addresses: to be at one of these goes without saying."""
+    return subtract(((0, LAST[space.version]),), (LOOPBACK[space.version],))
+
+
+def _state(names: Sequence[str], protocol: int, kind: int) -> State:
+    """The most ordinary of some states; connection tracking leaves neighbour discovery and MLD alone (nf_conntrack_proto_icmpv6.c)."""
+    if protocol == PROTOCOLS["icmpv6"] and 130 <= kind <= 143 and "untracked" in names:
+        return "untracked"
+    return next(s for s in STATES if s in names)
 
 
 def packet_text(packet: Packet) -> str:
     """`198.51.100.17 -> udp/5060, new, in eth0`."""
     port = f"/{packet.port}" if packet.protocol in (6, 17) else f"/{packet.icmp_type}" if packet.protocol in (1, 58) else ""
-    return f"{address_text(packet.version, packet.source)} -> {packet.protocol_name}{port}, {packet.state}, in {packet.interface}"
+    at = f" at {address_text(packet.version, packet.destination)}" if packet.destination is not None else ""
+    source = address_text(packet.version, packet.source)
+    if packet.protocol in (6, 17) and packet.source_port != USUAL_PORT:
+        source += f" port {packet.source_port}"
+    return f"{source} -> {packet.protocol_name}{port}{at}, {packet.state}, in {packet.interface}"
 
 
 def rule_text(rule: Rule) -> str:

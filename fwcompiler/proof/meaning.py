@@ -6,7 +6,7 @@ with `lower` or the backends but value types. The first clause that holds decide
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -160,12 +160,15 @@ class Explanation:
     steps: tuple[str, ...]
 
 
-def explain(policy: Resolved, packet: Packet) -> Explanation:
-    """Decide one packet and say why: the clause that decides, and where the source's address comes from."""
+def explain(policy: Resolved, packet: Packet, exhausted: Container[Limit] = ()) -> Explanation:
+    """Decide one packet and say why: the clause that decides, and where the source's address comes from.
+
+    ``exhausted``: limits that hold no longer.
+    """
     source = address_text(packet.version, packet.source)
     steps = [f"{source} -> {_target(packet)}, {packet.state}, in {packet.interface}"]
     steps += _spared(policy, packet, source)
-    decided = next(c for c in clauses(policy) if c.holds(packet))
+    decided = next(c for c in clauses(policy) if c.limit not in exhausted and c.holds(packet))
     reason = decided.reason
     for name in decided.groups:
         at = policy.groups[name].where(packet.version, packet.source)

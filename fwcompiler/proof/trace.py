@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fwcompiler.addresses import covers
 from fwcompiler.ports import PROTOCOLS
-from fwcompiler.proof.compose import base_chains
+from fwcompiler.proof.compose import base_chains, limit_text
 from fwcompiler.proof.fields import Packet
 from fwcompiler.ruleset import (
     AddressSet,
@@ -53,12 +53,13 @@ class Decision:
         return self.rule.service if self.rule else ""
 
 
-def trace(ruleset: Ruleset, packet: Packet, hook: str = "input") -> Decision:
+def trace(ruleset: Ruleset, packet: Packet, hook: str = "input", given: Mapping[str, bool] | None = None) -> Decision:
     """Run all base chains of a hook in order; a drop in one is final, an accept goes on to the next.
 
-    Limits count as not exhausted; members of dynamic sets are those that were read.
+    Limits count as not exhausted, members of dynamic sets are those that were read, unless ``given`` says otherwise, by the
+    names that the prover has for these (`Space.atoms`).
     """
-    runner = _Trace(ruleset, packet)
+    runner = _Trace(ruleset, packet, given or {})
     last = Decision("accept")
     for chain, where in base_chains(ruleset, hook):
         decided = runner.chain(chain, 0) or Decision(where.policy, chain.name)
@@ -69,10 +70,11 @@ def trace(ruleset: Ruleset, packet: Packet, hook: str = "input") -> Decision:
 
 
 class _Trace:
-    def __init__(self, ruleset: Ruleset, packet: Packet) -> None:
+    def __init__(self, ruleset: Ruleset, packet: Packet, given: Mapping[str, bool]) -> None:
         self._chains: Mapping[str, Chain] = {c.name: c for c in ruleset.chains}
         self._sets: Mapping[str, AddressSet] = {s.name: s for s in ruleset.sets}
         self._packet = packet
+        self._given = given
         self.unsure = ""
 
     def chain(self, chain: Chain, depth: int) -> Decision | None:
@@ -119,7 +121,9 @@ class _Trace:
             case TypeIn(version, types):
                 number = PROTOCOLS["icmp" if version == 4 else "icmpv6"]
                 return packet.version == version and packet.protocol == number and packet.icmp_type in types
-            case Limit() | Unknown() | Foreign():
+            case Limit():
+                return self._given.get(limit_text(match), True)
+            case Unknown() | Foreign():
                 return True
 
     def _address(self, match: InSet | InRanges) -> bool:
@@ -133,6 +137,10 @@ class _Trace:
         if isinstance(match, InRanges):
             return covers(match.ranges, value)
         known = self._sets.get(match.set)
+        if known is None or known.dynamic:
+            given = self._given.get(f"{match.side} is a member of {match.set}")
+            if given is not None:
+                return given
         return known is not None and (covers(known.ranges, value) or any(value == address for address, _ in known.members))
 
 
