@@ -12,7 +12,7 @@ from typing import Any
 import kernelspace
 import yaml
 from oracle.machine import Machine, machine
-from oracle.packets import Members, add_commands, members, packets, with_members
+from oracle.packets import Members, member_commands, members, packets, with_members
 from oracle.reading import Diagram, meant
 from oracle.wire import Probe
 from property.strategies import resolved
@@ -59,6 +59,12 @@ class Tally:
     clauses: Counter[str] = field(default_factory=Counter)
 
 
+def read(backend: Backend) -> Ruleset:
+    """What the kernel of the namespace that this thread is in holds, contents of sets included."""
+    listed = backend.parse(runner.outputs(backend.listing()))
+    return Ruleset(listed.chains, tuple(observe.fill_in(backend.set_kind, s, {}) for s in listed.sets), listed.others)
+
+
 @dataclass(frozen=True)
 class Bench:
     """A kernel that holds no rules of fwc and says what a packet is, and one that holds those of a backend."""
@@ -87,22 +93,16 @@ class Bench:
         backend = self.backend
         with self.ruled.space.entered():
             runner.execute(backend.load(ruleset))
-            held = self.listed()
+            held = read(backend)
             if at_present:
-                for argv in add_commands(backend.set_kind, held, at_present):
+                for argv in member_commands(backend.set_kind, "add", held, at_present):
                     kernelspace.run(argv)
-                held = self.listed()
+                held = read(backend)
         try:
             yield held
         finally:
             with self.ruled.space.entered():
                 runner.execute(backend.remove(held))
-
-    def listed(self) -> Ruleset:
-        """What the kernel holds, contents of sets included; to be called inside its namespace."""
-        listed = self.backend.parse(runner.outputs(self.backend.listing()))
-        kind = self.backend.set_kind
-        return Ruleset(listed.chains, tuple(observe.fill_in(kind, s, {}) for s in listed.sets), listed.others)
 
     def compare(self, meaning: Sequence[Clause], held: Ruleset, probes: Sequence[Probe]) -> list[Disagreement]:
         """What the meaning, two readings of a listing and the kernel say about packets, where that is not the same."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from random import Random
+from typing import Literal
 
 from oracle.machine import INTERFACES, LOOPBACK
 from oracle.wire import ICMP, ICMPV6, TCP, UDP, Probe, Way
@@ -48,15 +49,15 @@ def with_members(policy: Resolved, at_present: Members) -> Resolved:
     return replace(policy, groups=groups)
 
 
-def add_commands(kind: SetKind, held: Ruleset, at_present: Members) -> Iterator[tuple[str, ...]]:
-    """What an admin would type to put members into the dynamic sets that a kernel holds."""
+def member_commands(kind: SetKind, verb: Literal["add", "delete"], held: Ruleset, at_present: Members) -> Iterator[tuple[str, ...]]:
+    """What an admin would type to put members into the dynamic sets that a kernel holds, and to take them out."""
     names = {each.name: each.kernel_name for each in held.sets}
     for (group, version), addresses in at_present.items():
         kernel = names.get(f"{group}.dynamic.v{version}")
         for address in addresses if kernel else ():
             text = address_text(version, address)
-            nft = ("nft", "add", "element", "inet", "fwc", str(kernel), f"{{ {text} }}")
-            yield nft if kind == "nft" else ("ipset", "add", str(kernel), text)
+            nft = ("nft", verb, "element", "inet", "fwc", str(kernel), f"{{ {text} }}")
+            yield nft if kind == "nft" else ("ipset", verb[:3], str(kernel), text)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import pytest
 from cli.harness import BACKENDS
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
-from oracle.compare import Bench, bench, report
+from oracle.compare import Bench, bench, read, report
 from oracle.machine import InvalidRun, machine
 from oracle.packets import HOST, packets, with_members
 from oracle.wire import TCP, UDP, Probe, Way
@@ -109,7 +109,7 @@ def test_a_wrong_rule_is_found(pair: Bench, told: bool) -> None:
     policy = resolved(POLICY)
     with pair.loaded(lower(policy)) as held, pair.ruled.space.entered():
         kernelspace.run(planted(pair.backend.name))
-        wrong = pair.compare(clauses(policy), pair.listed() if told else held, packets(policy, Random(1), 1000))
+        wrong = pair.compare(clauses(policy), read(pair.backend) if told else held, packets(policy, Random(1), 1000))
 
     assert len(wrong) > 10
     for each in wrong:
