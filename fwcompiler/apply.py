@@ -5,54 +5,82 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fwcompiler.backend import Backend
 from fwcompiler.diagnostics import HostRefused, RolledBack
 from fwcompiler.dynamic import reconcile
+from fwcompiler.guard import who_may_log_in
 from fwcompiler.kernel import netns, runner
 from fwcompiler.pipeline import Compiled, Host, NormalForm, disproof, list_sizes, observe
 from fwcompiler.plan import Plan, make_plan
+from fwcompiler.records import Generation, Note, Record, Trial
 from fwcompiler.registry import load
 from fwcompiler.ruleset import Ruleset
-from fwcompiler.state import Generation, Record, StateDir
+from fwcompiler.state import StateDir
+
+if TYPE_CHECKING:
+    from fwcompiler.trial import Starter
 
 
 @dataclass(frozen=True)
 class Applied:
-    """How an apply ended: the generation in force, whether the kernel had to be changed, and what could not be done besides."""
+    """How an apply ended: the generation in force, whether the kernel had to be changed, the trial that began, and
+    what could not be done besides."""
 
     generation: Generation
     changed: bool
+    trial: Trial | None = None
     notes: tuple[str, ...] = ()
 
 
-def apply(compiled: Compiled, plan: Plan, wanted: NormalForm, host: Host, *, proof: bool = True) -> Applied:
-    """Commit a plan. The caller holds the state's lock.
+def apply(
+    compiled: Compiled,
+    plan: Plan,
+    wanted: NormalForm,
+    host: Host,
+    *,
+    proof: bool = True,
+    note: Note | None = None,
+    trial: Starter | None = None,
+) -> Applied:
+    """Commit a plan, with a `trial` only until it is over. The caller holds the state's lock.
 
     Raises:
         HostRefused: the state directory or the kernel refused; nothing was changed.
         RolledBack: the kernel took it, but lists something else than was wanted; the old rules are back.
     """
-    record = _record(compiled, wanted, host.backend, proof)
+    record = _record(compiled, wanted, host.backend, proof, note or Note())
     current = host.state.current()
     if plan.in_sync and current is not None and current.fingerprint == record.fingerprint():
-        return Applied(current, False, reconcile(host, plan.live))
+        return Applied(current, False, notes=reconcile(host, plan.live))
+    return _put_into_force(host.state.prepare(record), compiled if proof else None, plan, host, trial)
+
+
+def reapply(number: int, plan: Plan, host: Host, note: Note, trial: Starter | None = None) -> Applied:
+    """Commit a plan that leads to a recorded generation, which becomes a new one. The caller holds the state's lock.
+
+    Raises:
+        HostRefused, RolledBack: as :func:`apply`.
+    """
+    return _put_into_force(host.state.prepare_again(number, note), None, plan, host, trial)
+
+
+def _put_into_force(pending: Path, compiled: Compiled | None, plan: Plan, host: Host, trial: Starter | None) -> Applied:
     before = load(plan.replaces) if plan.replaces else None
-    pending = host.state.prepare(record)
+    generation = trial.begin(pending, plan) if trial else None
     found = plan.live
     try:
         if plan.steps:
             _execute(plan, host)
-            found = _verify(compiled if proof else None, plan, host)
+            found = _verify(compiled, plan, host)
     except BaseException:
+        if trial:
+            trial.cancel()
         host.state.discard(pending)
         raise
-    try:
-        generation = host.state.commit(pending)
-    except HostRefused as refused:
-        _return(plan, host)
-        refused.message += "; the previous ruleset was restored"
-        raise
+    if generation is None:
+        generation = _recorded(pending, plan, host)
     notes = reconcile(host, found)
     if before is not None:
         try:
@@ -62,7 +90,16 @@ def apply(compiled: Compiled, plan: Plan, wanted: NormalForm, host: Host, *, pro
             refused.message = f"{in_force}: {refused.message}"
             refused.hint = f"`fwc remove --backend {before.name}`"
             raise
-    return Applied(generation, not plan.in_sync, notes)
+    return Applied(generation, not plan.in_sync, trial.trial if trial else None, notes)
+
+
+def _recorded(pending: Path, plan: Plan, host: Host) -> Generation:
+    try:
+        return host.state.commit(pending)
+    except HostRefused as refused:
+        _return(plan, host)
+        refused.message += "; the previous ruleset was restored"
+        raise
 
 
 def _execute(plan: Plan, host: Host) -> None:
@@ -78,13 +115,25 @@ def _execute(plan: Plan, host: Host) -> None:
         raise RolledBack(f"{said}; the previous ruleset was restored", refused.findings) from refused
 
 
-def _record(compiled: Compiled, wanted: NormalForm, backend: Backend, proven: bool) -> Record:
+def _record(compiled: Compiled, wanted: NormalForm, backend: Backend, proven: bool, note: Note) -> Record:
     empty = replace(compiled.ruleset, sets=tuple(replace(s, ranges=()) for s in compiled.ruleset.sets))
     rendered = backend.render(empty).files
     policy = str(Path(compiled.path).resolve())
     lists = list_sizes(compiled.resolved)
     texts = compiled.document.texts
-    return Record(backend.name, policy, compiled.policy.name, texts, rendered, wanted.listing, wanted.ruleset, lists, proven)
+    return Record(
+        backend.name,
+        policy,
+        compiled.policy.name,
+        texts,
+        rendered,
+        wanted.listing,
+        wanted.ruleset,
+        lists,
+        proven,
+        note,
+        who_may_log_in(compiled.resolved),
+    )
 
 
 def _verify(compiled: Compiled | None, plan: Plan, host: Host) -> Ruleset:

@@ -60,6 +60,7 @@ CODES: dict[str, str] = {
     "kernel": "the kernel refused the rules",
     "list-shrink": "a list that lost more than half of its addresses since the last apply",
     "local-ports": "a restricted service on ports from which the host opens its own connections",
+    "lock-out": "somebody who is logged in could not log in any more",
     "name": "a name that cannot be used for a set or a chain",
     "not-yet": "a key of the policy language that this version does not compile",
     "policy-test": "an entry of `tests` that the policy does not meet",

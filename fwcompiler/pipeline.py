@@ -21,9 +21,9 @@ from fwcompiler.diagnostics import Finding, HostRefused, PolicyRejected, Report,
 from fwcompiler.kernel import netns, runner
 from fwcompiler.kernel import observe as kernel
 from fwcompiler.members import Journal, with_members
-from fwcompiler.plan import Plan, make_plan, with_contents
+from fwcompiler.plan import Plan, make_plan, with_contents, with_static
 from fwcompiler.registry import installed, load
-from fwcompiler.ruleset import AddressSet, Ruleset
+from fwcompiler.ruleset import Ruleset
 from fwcompiler.state import StateDir
 
 if TYPE_CHECKING:
@@ -207,6 +207,26 @@ def plan(compiled: Compiled, host: Host, *, proof: bool = True) -> tuple[Plan, N
     return replace(make_plan(host.backend, live, filled), replaces=before.name if before else ""), wanted
 
 
+def plan_recorded(host: Host, number: int) -> Plan:
+    """Everything that a return to a recorded generation would do. Its rules are tried in a scratch namespace of this kernel first.
+
+    Raises:
+        HostRefused: it is damaged, or the kernel does not take it any more.
+    """
+    backend = host.backend
+    live = observe(host)
+    before = previous(host)
+    try:
+        known = recorded(backend, host.state, number)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise HostRefused(f"generation {number} is damaged: {error}; nothing was changed") from error
+    with netns.scratch() as scratch, scratch.entered():
+        listing = runner.try_out(backend.load(known), backend.listing())
+    now = time.time()
+    wanted = with_members(with_contents(backend.parse(listing), known), Journal(host.state.path).standing(now), now)
+    return replace(make_plan(backend, live, wanted), replaces=before.name if before else "")
+
+
 def compare_with(compiled: Compiled, host: Host, against: str, *, proof: bool = True) -> Plan:
     """The way to a policy from the last applied generation, or from another policy.
 
@@ -230,11 +250,18 @@ def applied(host: Host) -> Ruleset | None:
     if current is None or current.backend != host.backend.name:
         return None
     try:
-        contents = host.state.contents(current.number)
-        listed = host.backend.parse(host.state.listing(current.number))
+        return recorded(host.backend, host.state, current.number)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
-    return with_contents(listed, Ruleset(sets=tuple(AddressSet(name, 4, ranges) for name, ranges in contents.items())))
+
+
+def recorded(backend: Backend, state: StateDir, number: int | str) -> Ruleset:
+    """The ruleset of a generation, as a kernel listed it when it was tried.
+
+    Raises:
+        OSError, ValueError, LookupError, TypeError, AttributeError: it is not there, or damaged.
+    """
+    return with_static(backend.parse(state.listing(number)), state.contents(number))
 
 
 def previous(host: Host) -> Backend | None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from fwcompiler.addresses import Range, range_text
+from fwcompiler.addresses import Range, Ranges, range_text
 from fwcompiler.backend import Backend, Command, Fill, SetChange, Step
 from fwcompiler.proof.access import AccessChange, compare
 from fwcompiler.ruleset import AddressSet, Ruleset
@@ -89,6 +89,11 @@ def with_contents(listed: Ruleset, lowered: Ruleset) -> Ruleset:
     contents = {s.name: s for s in lowered.sets}
     sets = (replace(s, ranges=contents[s.name].ranges, origin=contents[s.name].origin) if s.name in contents else s for s in listed.sets)
     return replace(listed, sets=tuple(sets))
+
+
+def with_static(listed: Ruleset, contents: Mapping[str, Ranges]) -> Ruleset:
+    """A listing, its static sets given recorded contents by name."""
+    return replace(listed, sets=tuple(s if s.dynamic else replace(s, ranges=contents.get(s.name, ())) for s in listed.sets))
 
 
 def _lines(do: Command | Fill, shown: int | None) -> Iterator[str]:

@@ -50,11 +50,61 @@ class DiffShape(TypedDict):
     notes: list[str]
 
 
+class TrialShape(TypedDict):
+    """How long an apply is on trial, and the generation that it returns to; None: to what was there before."""
+
+    seconds: float
+    previous: int | None
+
+
 class ApplyShape(DiffShape):
-    """`apply --json`: the difference that was applied, and the generation now in force."""
+    """`apply --json` and `rollback --json`: the difference that was applied, and the generation now in force."""
 
     applied: bool
     generation: int
+    trial: TrialShape | None
+
+
+class EndedShape(TypedDict):
+    """`rollback --json` during a trial: the generation that was on trial, and the one in force again."""
+
+    ended_trial: int
+    generation: int | None
+
+
+class ConfirmShape(TypedDict):
+    """`confirm --json`: the generation that stays."""
+
+    confirmed: int
+
+
+class HistoryEntryShape(TypedDict):
+    """One generation. `ending`: why and when it was rolled back. `lockout`: who was locked out on purpose.
+
+    `trial`: seconds it was on trial for, 0 for none. `restores`: the generation that it is a return to.
+    `changes`: access gained (+) and lost (-), as `diff` words it.
+    """
+
+    number: int
+    state: Literal["in force", "on trial", "confirmed", "rolled back", "damaged"]
+    ending: str
+    applied_at: str
+    applied_by: str
+    applied_from: str
+    reason: str
+    policy: str
+    backend: str
+    proven: bool
+    lockout: str
+    trial: float
+    restores: int | None
+    changes: list[str]
+
+
+class HistoryShape(TypedDict):
+    """`history --json`: the newest first."""
+
+    generations: list[HistoryEntryShape]
 
 
 class ExplainShape(TypedDict):
@@ -189,6 +239,18 @@ class GenerationShape(TypedDict):
     applied_from: str
     fingerprint: str
     proven: bool
+    reason: str
+    lockout: str
+    trial: float
+    restores: int | None
+
+
+class PendingShape(TypedDict):
+    """The pending trial: seconds until it returns, and to which generation; None: to what was there before."""
+
+    number: int
+    seconds_left: float
+    previous: int | None
 
 
 class StatusShape(TypedDict):
@@ -204,6 +266,7 @@ class StatusShape(TypedDict):
     in_sync: bool
     drift: list[str]
     generation: GenerationShape | None
+    trial: PendingShape | None
     counters: dict[str, dict[str, CountShape]]
     members: dict[str, list[MemberShape]]
     notes: list[str]

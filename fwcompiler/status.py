@@ -19,9 +19,10 @@ from fwcompiler.registry import installed, load
 from fwcompiler.report import counters_json
 from fwcompiler.ruleset import Ruleset
 from fwcompiler.tables import table_text
+from fwcompiler.trial import left
 
 if TYPE_CHECKING:
-    from fwcompiler.shapes import GenerationShape, MemberShape, StatusShape
+    from fwcompiler.shapes import GenerationShape, MemberShape, PendingShape, StatusShape
 
 READINGS = 3
 """How often the rules are read a second time when they change meanwhile."""
@@ -42,11 +43,17 @@ def read_status(host: Host) -> StatusShape:
         "in_sync": plan.in_sync if plan else not live,
         "drift": list(plan.changes()) if plan else unrecorded,
         "generation": None if current is None else cast("GenerationShape", asdict(current)),
+        "trial": _trial(host),
         "counters": counters_json(backend.counters(listing)),
         "members": _members(host, live),
         "notes": [*live.bypass, *_elsewhere(host)],
         "second_reading": _second_reading(host, listing),
     }
+
+
+def _trial(host: Host) -> PendingShape | None:
+    trial = host.state.trial()
+    return None if trial is None else {"number": trial.number, "seconds_left": round(left(trial), 1), "previous": trial.previous}
 
 
 def _listing(host: Host) -> tuple[str, ...]:
@@ -103,6 +110,13 @@ def _rows(found: StatusShape) -> Iterator[tuple[str, str, str]]:
         yield service, accepted, dropped
 
 
+def _trial_text(trial: PendingShape) -> str:
+    back = f"generation {trial['previous']}" if trial["previous"] else "what was before"
+    if not trial["seconds_left"]:
+        return f"ON TRIAL, AND ITS TIME IS UP: `fwc rollback` returns to {back}"
+    return f"on trial: returns to {back} in {trial['seconds_left']:.0f} s, unless `fwc confirm` comes over a new connection"
+
+
 def status_text(found: StatusShape, *, color: bool = False) -> str:
     """`status` for people."""
     generation = found["generation"]
@@ -113,6 +127,8 @@ def status_text(found: StatusShape, *, color: bool = False) -> str:
         )
     else:
         lines.append("no policy is in force")
+    if found["trial"]:
+        lines.append(_trial_text(found["trial"]))
     if generation and generation["backend"] != found["backend"]:
         lines.append(f"it is in force through {generation['backend']}; this is about {found['backend']}:")
         lines.append("nothing of fwc is loaded" if found["in_sync"] else "rules of fwc are loaded here as well")

@@ -3,6 +3,7 @@
 from fwcompiler.commands import (
     audit,
     change,
+    generations,
     look,
     members,
     policy,
@@ -14,6 +15,7 @@ __all__ = [
     "app",
     "audit",
     "change",
+    "generations",
     "look",
     "members",
     "policy",

@@ -177,14 +177,14 @@ def state_dir(options: Options) -> StateDir:
     return StateDir(DEFAULT if options.netns is None else f"{DEFAULT}/netns/{options.netns}")
 
 
-def show_plan(planned: Plan, compiled: Compiled, options: Options) -> None:
+def show_plan(planned: Plan, compiled: Compiled | None, options: Options) -> None:
     """A plan as text or JSON, as the options say."""
     from fwcompiler.report import diff_json, diff_text
 
     if options.json:
         print_json(diff_json(planned))
     elif not options.quiet:
-        print(diff_text(planned, compiled.resolved, color=options.color_out, whole=options.verbose))
+        print(diff_text(planned, compiled.resolved if compiled else None, color=options.color_out, whole=options.verbose))
 
 
 def write_files(folder: Path, files: Any) -> None:

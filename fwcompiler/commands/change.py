@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -23,7 +23,9 @@ from fwcompiler.commands.app import (
     state_dir,
     target_namespace,
 )
+from fwcompiler.commands.safely import Confirm, Lockout, Reason, Wait, access_words, finish, knock, starter, trial_time
 from fwcompiler.diagnostics import EXIT_DIFFERS, EXIT_OK
+from fwcompiler.records import Note
 
 if TYPE_CHECKING:
     from fwcompiler.pipeline import Compiled, Host
@@ -51,6 +53,8 @@ def diff(
     with chosen_host(options) as host:
         proof = proof_wanted(no_proof)
         planned = plan(compiled, host, proof=proof)[0] if against == ["live"] else _compared(compiled, host, against, proof=proof)
+        if against == ["live"] and not planned.in_sync:
+            knock(planned, compiled, host, options, allow=True)
     if against != ["live"] and planned.in_sync and not options.json:
         if not options.quiet:
             print("\n".join((*planned.notes, f"no difference to {' and '.join(against)}")))
@@ -80,38 +84,40 @@ def apply(
     policy: PolicyFile,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change, change nothing.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    confirm: Confirm = None,
+    wait: Wait = None,
+    reason: Reason = "",
+    allow_lockout: Lockout = False,
     no_proof: NoProof = False,
 ) -> int:
     """Put a policy into force: check, try, show the difference, commit in one transaction, read back."""
     from fwcompiler import apply as stage
     from fwcompiler.pipeline import plan
+    from fwcompiler.trial import settle
 
     options: Options = context.obj
     compiled = compiled_policy(policy, options)
     proof = proof_wanted(no_proof)
+    seconds = trial_time(confirm)
     with chosen_host(options) as host:
         if dry_run:
             planned, _ = plan(compiled, host, proof=proof)
+            if not planned.in_sync:
+                knock(planned, compiled, host, options, allow=True)
             show_plan(planned, compiled, options)
             return EXIT_OK if planned.in_sync else EXIT_DIFFERS
         must_ask(yes)
-        with host.state.lock():
+        with host.state.lock(f"apply {policy}"):
+            settle(host)
             planned, wanted = plan(compiled, host, proof=proof)
+            note = Note(reason, trial=seconds, changes=access_words(planned, compiled))
             if not planned.in_sync:
+                note = replace(note, lockout=knock(planned, compiled, host, options, allow=allow_lockout))
                 if not options.json:
                     show_plan(planned, compiled, options)
                 ask(yes, "apply this?")
-            applied = stage.apply(compiled, planned, wanted, host, proof=proof)
-    for note in applied.notes:
-        print(f"warning: {note}", file=sys.stderr)
-    if options.json:
-        from fwcompiler.report import diff_json
-
-        print_json({**diff_json(planned), "applied": applied.changed, "generation": applied.generation.number})
-    elif not options.quiet:
-        what = "applied" if applied.changed else "in sync"
-        print(f"{what}: generation {applied.generation.number} ({host.backend.name})")
-    return EXIT_OK
+            applied = stage.apply(compiled, planned, wanted, host, proof=proof, note=note, trial=starter(host, seconds, options))
+        return finish(applied, planned, host, options, wait)
 
 
 @app.command()
@@ -123,6 +129,7 @@ def remove(
     from fwcompiler import apply as stage
     from fwcompiler.kernel.runner import find
     from fwcompiler.registry import installed, load
+    from fwcompiler.trial import no_trial
 
     options: Options = context.obj
     names = [chosen_backend(options).name] if options.backend else list(installed())
@@ -131,7 +138,8 @@ def remove(
     in_force = {current.backend} if current else set()
     backends = [b for b in map(load, names) if options.backend or b.name in in_force or all(find(p) for p in b.programs)]
     must_ask(yes)
-    with target_namespace(options) as namespace, state.lock():
+    with target_namespace(options) as namespace, state.lock("remove"):
+        no_trial(state)
         ask(yes, "take out all rules of fwc? what they protect is open then")
         removed = list(stage.remove(backends, namespace, state))
     if options.json:

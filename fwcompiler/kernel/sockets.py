@@ -38,6 +38,7 @@ class Process:
 class Peer:
     """The other end of an established connection to a local TCP port; an IPv4 peer of an IPv6 socket counts as IPv4.
 
+    `local`: our own address of the connection.
     `processes`: those that hold our end, the oldest first; none where another user's may not be seen.
     """
 
@@ -45,6 +46,7 @@ class Peer:
     address: int
     port: int
     local_port: int
+    local: int = 0
     processes: tuple[Process, ...] = ()
 
     @property
@@ -127,7 +129,7 @@ def _address(text: str) -> tuple[int, int]:
 
 def _peer(message: Any, processes: tuple[Process, ...]) -> Peer:
     version, address = _address(message["idiag_dst"])
-    return Peer(version, address, message["idiag_dport"], message["idiag_sport"], processes)
+    return Peer(version, address, message["idiag_dport"], message["idiag_sport"], _address(message["idiag_src"])[1], processes)
 
 
 def _listener(protocol: Literal["tcp", "udp"], message: Any, holders: Mapping[int, tuple[Process, ...]]) -> Listener:
