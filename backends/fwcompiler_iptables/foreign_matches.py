@@ -7,6 +7,7 @@ A module nobody here knows is `Unknown`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from ipaddress import ip_address, ip_network
@@ -60,6 +61,21 @@ _PORT_OPTIONS: Mapping[str, Side | Literal["either"]] = {
     **{"--dport": "destination", "--destination-port": "destination", "--dports": "destination", "--destination-ports": "destination"},
     **{"--port": "either", "--ports": "either"},
 }
+_FIELDS: Mapping[tuple[str, str], tuple[str, str]] = {
+    ("mac", "--mac-source"): ("ether saddr", "=="),
+    ("length", "--length"): ("meta length", "=="),
+    ("helper", "--helper"): ("ct helper", "=="),
+    **{
+        (module, f"--{module}{end}"): (name, sign)
+        for module, name in (("ttl", "ttl"), ("hl", "hoplimit"))
+        for end, sign in (("", "=="), ("-eq", "=="), ("-gt", ">"), ("-lt", "<"))
+    },
+}
+"""Tests of one field, by option: nft's name of the field, and how it is compared, so that both languages name one test alike."""
+_HEADERS: Mapping[str, tuple[int, str]] = {"ah": (51, "ah spi"), "esp": (50, "esp spi"), "ipcomp": (108, "comp cpi")}
+_LAST_NUMBER = {"length": 65535, "ah": (1 << 32) - 1, "esp": (1 << 32) - 1, "ipcomp": 65535}
+_ECT = ("not-ect", "ect1", "ect0", "ce")
+"""The two bits of RFC 3168, as nft calls their values."""
 _PACKET_TYPES = {"unicast": "host", "host": "host", "broadcast": "broadcast", "bcast": "broadcast", "multicast": "multicast"}
 
 
@@ -124,8 +140,22 @@ def _interface(way: Literal["in", "out"], name: str, negated: bool) -> Iterator[
             yield InterfaceIn(way, ("*",), True)
     elif name.endswith("+"):
         yield InterfaceIn(way, (f"{name[:-1]}*",), negated)
+    elif name.endswith("*"):
+        # No wildcard here: it is the name itself, and has an own one in nft, where a star at the end would be a wildcard.
+        star = json.dumps(f"{name[:-1]}\\*")
+        yield Opaque(f"meta {'iifname' if way == 'in' else 'oifname'} == {star}", negated)
     else:
         yield Interface(way, name, negated)
+
+
+def field_value(module: str, text: str) -> str:
+    """The value of a test of one field as nft lists it: a number, a range, or a word in quotes."""
+    if module in ("mac", "helper"):
+        return json.dumps(text.lower() if module == "mac" else text)
+    low, colon, high = text.partition(":")
+    if not colon:
+        return str(int(low, 0))
+    return json.dumps({"range": [int(low or "0", 0), int(high, 0) if high else _LAST_NUMBER[module]]})
 
 
 def named(group: Group) -> Match:
@@ -290,6 +320,39 @@ class _Modules:
             kind: Literal["mark", "connmark"] = "mark" if group.name == "mark" else "connmark"
             yield replace(mark(kind, int(value, 0), int(mask, 0) if mask else 0xFFFFFFFF), negated=negated)
 
+    def _field(self, group: Group) -> Iterator[Match]:
+        """A module whose options each compare one field."""
+        if not group.options:
+            raise NotModelled
+        for negated, option, values in group.options:
+            if (group.name, option) not in _FIELDS:
+                raise NotModelled
+            name, sign = _FIELDS[group.name, option]
+            yield Opaque(f"{name} {sign} {field_value(group.name, values[0])}", negated)
+
+    def _index(self, group: Group) -> Iterator[Match]:
+        """The security parameter index of IPsec's headers; all of them say no more than that the header is there."""
+        number, name = _HEADERS[group.name]
+        yield ProtocolIs(number)
+        for negated, option, values in group.options:
+            if option != f"--{group.name}spi":
+                raise NotModelled
+            value = field_value(group.name, values[0])
+            if value != json.dumps({"range": [0, _LAST_NUMBER[group.name]]}):
+                yield Opaque(f"{name} == {value}", negated)
+            elif negated:
+                yield AnyOf(())
+
+    def _ecn(self, group: Group) -> Iterator[Match]:
+        """Two TCP flags, and two bits of the IP header."""
+        for negated, option, values in group.options:
+            if option == "--ecn-ip-ect":
+                yield Opaque(f'{"ip" if self.version == 4 else "ip6"} ecn == "{_ECT[int(values[0])]}"', negated)
+            else:
+                flag = {"--ecn-tcp-cwr": 0x80, "--ecn-tcp-ece": 0x40}[option]
+                test = tcp_flags(flag, flag)
+                yield from (ProtocolIs(6), replace(test, negated=negated != test.negated))
+
     def _each(self, group: Group) -> Iterator[Match]:
         """A module whose options all have to hold, each negated on its own."""
         if not group.options:
@@ -305,8 +368,9 @@ _READERS: Mapping[str, Callable[[_Modules, Group], Iterator[Match]]] = {
     **dict.fromkeys(("icmp", "icmp6", "icmpv6", "ipv6-icmp"), _Modules._icmp),
     **dict.fromkeys(("state", "conntrack"), _Modules._state),
     **dict.fromkeys(("mark", "connmark"), _Modules._mark),
-    **dict.fromkeys(
-        ("mac", "owner", "ttl", "hl", "length", "pkttype", "dscp", "tos", "helper", "realm", "devgroup", "cpu"), _Modules._each
-    ),
+    **dict.fromkeys(("owner", "pkttype", "dscp", "tos", "realm", "devgroup", "cpu"), _Modules._each),
+    **dict.fromkeys(("mac", "length", "helper", "ttl", "hl"), _Modules._field),
+    **dict.fromkeys(("ah", "esp", "ipcomp"), _Modules._index),
+    "ecn": _Modules._ecn,
     **{"iprange": _Modules._iprange, "set": _Modules._set, "addrtype": _Modules._addrtype, "limit": _Modules._limit},
 }

@@ -140,6 +140,8 @@ class Statements:
             ports = _ports(port)
         except (NotModelled, ValueError, KeyError):
             ranges, ports = ((0, LAST[version or 6]),), (0, 65535)
+        if ports is None and _SIDES[kind] == "source" and "random" in str(value.get("flags", "")):
+            ports = (0, 65535)
         if kind == "dnat" and address is not None and not ranges:
             raise NotModelled
         return Translate(_SIDES[kind], text, version, ranges, kind == "redirect", ports)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 from fwcompiler.addresses import MULTICAST, merged
-from fwcompiler.foreign import TCP_FLAGS, mark, masked_address, tcp_flags
+from fwcompiler.foreign import FRAGMENT, TCP_FLAGS, mark, masked_address, tcp_flags
 from fwcompiler.ruleset import (
     STATES,
     AnyOf,
@@ -212,6 +212,8 @@ class Tests:
             case {"meta": {"key": "mark"}} | {"ct": {"key": "mark"}} if len(items) == 1 and isinstance(mask, int):
                 if isinstance(items[0], int) and operator in ("==", "!="):
                     return replace(mark("mark" if "meta" in inner else "connmark", items[0], mask), negated=operator == "!=")
+            case {"payload": {"protocol": "ip", "field": "frag-off"}} if operator in ("==", "!=") and (mask, *items) == (0x1FFF, 0):
+                return Opaque(FRAGMENT, operator == "==")
             case {"payload": {"protocol": "tcp", "field": "flags"}} if operator in ("==", "!="):
                 return _flags(_bits(mask), items, operator)
         raise NotModelled
