@@ -78,13 +78,44 @@ def common_first(arguments: list[str]) -> list[str]:
     return [*common, *rest]
 
 
-def _dispatch(arguments: list[str]) -> int:
+def restore_options(arguments: list[str]) -> dict[str, str] | None:
+    """The common options of a plain `restore`, flags with an empty value; None for any other command line.
+
+    A host waits for it at boot, so it goes without typer and pydantic, which take longer to import than it takes to run.
+    """
+    found: dict[str, str] = {}
+    words = list(arguments)
+    while words and words[0] != "restore":
+        name, equals, value = words.pop(0).partition("=")
+        if name in WITH_VALUE and (equals or words):
+            found[name] = value if equals else words.pop(0)
+        elif name in FLAGS:
+            found[name] = ""
+        else:
+            return None
+    return found if words == ["restore"] else None
+
+
+def _command(arguments: list[str]) -> int:
+    options = restore_options(arguments)
+    if options is not None:
+        from fwcompiler.restore import run as restore
+        from fwcompiler.state import StateDir
+
+        netns = options.get("--netns")
+        state = StateDir.of(options.get("--state-dir") or os.environ.get("FWC_STATE_DIR"), netns)
+        return restore(state, netns, as_json="--json" in options, quiet="-q" in options or "--quiet" in options)
     from fwcompiler.commands import app
+
+    result = app(args=arguments, prog_name="fwc", standalone_mode=False)
+    return result if isinstance(result, int) else 0
+
+
+def _dispatch(arguments: list[str]) -> int:
     from fwcompiler.diagnostics import Failure, format_findings
 
     try:
-        result = app(args=arguments, prog_name="fwc", standalone_mode=False)
-        return result if isinstance(result, int) else 0
+        return _command(arguments)
     except SystemExit as ended:
         # typer ends so, with 1, when nobody reads its output any more; commands of ours return.
         raise BrokenPipeError from ended

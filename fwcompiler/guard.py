@@ -76,7 +76,14 @@ def who_may_log_in(policy: Resolved) -> dict[str, object]:
             anywhere = anywhere or service.groups is None
             groups += service.groups or ()
     addresses = policy.addresses(dict.fromkeys(groups))
-    return {"ports": ssh_ports(policy), "anywhere": anywhere, "v4": addresses.family(4), "v6": addresses.family(6)}
+    dynamic = [name for name in dict.fromkeys(groups) if policy.groups[name].dynamic]
+    return {
+        "ports": ssh_ports(policy),
+        "anywhere": anywhere,
+        "v4": addresses.family(4),
+        "v6": addresses.family(6),
+        "dynamic": dynamic,
+    }
 
 
 def visitors(policy_ports: Ranges, namespace: Namespace, *, ancestors: bool) -> tuple[Visitor, ...]:

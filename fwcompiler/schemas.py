@@ -44,6 +44,8 @@ SCHEMAS: dict[str, Callable[[], dict[str, Any]]] = {
     "apply": _shape(shapes.ApplyShape),
     "confirm": _shape(shapes.ConfirmShape),
     "rollback-trial": _shape(shapes.EndedShape),
+    "restore": _shape(shapes.RestoreShape),
+    "install-boot": _shape(shapes.InstallBootShape),
     "history": _shape(shapes.HistoryShape),
     "status": _shape(shapes.StatusShape),
     "explain": _shape(shapes.ExplainShape),

@@ -78,6 +78,21 @@ class ConfirmShape(TypedDict):
     confirmed: int
 
 
+class RestoreShape(TypedDict):
+    """`restore --json`: the generation in force; None where `fwc remove` was the last word."""
+
+    generation: int | None
+    backend: str
+    notes: list[str]
+
+
+class InstallBootShape(TypedDict, total=False):
+    """`install-boot --json`: the files that came or went."""
+
+    installed: list[str]
+    removed: list[str]
+
+
 class HistoryEntryShape(TypedDict):
     """One generation. `ending`: why and when it was rolled back. `lockout`: who was locked out on purpose.
 

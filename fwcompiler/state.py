@@ -10,7 +10,6 @@ afterwards, so a full disk stops an apply early and a crash at any point leaves 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -24,6 +23,7 @@ from typing import Any
 
 from fwcompiler.addresses import Ranges
 from fwcompiler.diagnostics import HostRefused
+from fwcompiler.durable import checksum, sync, write
 from fwcompiler.kernel import session
 from fwcompiler.records import Found, Generation, Note, Record, Trial
 
@@ -42,6 +42,11 @@ class StateDir:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+
+    @classmethod
+    def of(cls, path: str | None, netns: str | None) -> StateDir:
+        """The directory that was named, or the host's; a network namespace has one of its own."""
+        return cls(path or (DEFAULT if netns is None else f"{DEFAULT}/netns/{netns}"))
 
     @contextmanager
     def lock(self, what: str = "") -> Iterator[None]:
@@ -168,17 +173,17 @@ class StateDir:
             (pending / "rendered").mkdir(parents=True, mode=0o700)
             (pending / "policy").mkdir(mode=0o700)
             for index, (name, text) in enumerate(record.sources.items()):
-                _write(pending / "policy" / f"{index:03d}-{Path(name).name}", text)
+                write(pending / "policy" / f"{index:03d}-{Path(name).name}", text)
             for name, text in record.rendered.items():
-                _write(pending / "rendered" / name, text)
-            _write(pending / "listing.json", json.dumps(list(record.listing)))
-            _write(pending / "lists.json", json.dumps(dict(record.lists)))
+                write(pending / "rendered" / name, text)
+            write(pending / "listing.json", json.dumps(list(record.listing)))
+            write(pending / "lists.json", json.dumps(dict(record.lists)))
             contents = {s.name: s.ranges for s in record.ruleset.sets if not s.dynamic}
-            _write(pending / "sets.json", json.dumps(contents, separators=(",", ":")))
+            write(pending / "sets.json", json.dumps(contents, separators=(",", ":")))
             generation = self._describe(record)
-            _write(pending / "changes.json", json.dumps(list(record.note.changes)))
-            _write(pending / "ssh.json", json.dumps(dict(record.ssh)))
-            _write(pending / "meta.json", json.dumps(asdict(generation), indent=1))
+            write(pending / "changes.json", json.dumps(list(record.note.changes)))
+            write(pending / "ssh.json", json.dumps(dict(record.ssh)))
+            write(pending / "meta.json", json.dumps(asdict(generation), indent=1))
             self._seal(pending, generation.number)
         except OSError as error:
             shutil.rmtree(pending, ignore_errors=True)
@@ -201,10 +206,10 @@ class StateDir:
                 if path.is_dir():
                     target.mkdir(mode=0o700)
                 elif path.name not in _OWN:
-                    _write(target, path.read_text(encoding="utf-8"))
-            _write(pending / "changes.json", json.dumps(list(note.changes)))
+                    write(target, path.read_text(encoding="utf-8"))
+            write(pending / "changes.json", json.dumps(list(note.changes)))
             generation = replace(self.generation(number), **self._signature(note))
-            _write(pending / "meta.json", json.dumps(asdict(generation), indent=1))
+            write(pending / "meta.json", json.dumps(asdict(generation), indent=1))
             self._seal(pending, generation.number)
         except OSError as error:
             shutil.rmtree(pending, ignore_errors=True)
@@ -213,9 +218,9 @@ class StateDir:
 
     def _seal(self, pending: Path, number: int) -> None:
         """Checksums of what a boot needs, and what later renames will need no room for."""
-        _write(pending / "sums.json", json.dumps({name: _sum(pending / name) for name in _SUMMED}))
-        _write(pending / "unsettled", "")
-        _write(self.path / "current.new", str(number))
+        write(pending / "sums.json", json.dumps({name: checksum(pending / name) for name in _SUMMED}))
+        write(pending / "unsettled", "")
+        write(self.path / "current.new", str(number))
 
     def _describe(self, record: Record) -> Generation:
         signature = self._signature(record.note)
@@ -264,7 +269,7 @@ class StateDir:
         generation = Generation(**data)
         folder = self._generations / str(generation.number)
         pending.rename(folder)
-        _sync(self._generations)
+        sync(self._generations)
         return generation
 
     def _make_current(self, name: str) -> None:
@@ -285,12 +290,19 @@ class StateDir:
         with suppress(OSError):
             (self.path / "removed").unlink(missing_ok=True)
         for folder in (self._generations, self.path):
-            _sync(folder)
+            sync(folder)
         trial = self.trial()
         keep = {*self.bootable()[:2], *([trial.number] if trial else ())}
         for old in self.numbers()[:-KEEP]:
             if old not in keep:
                 shutil.rmtree(self._generations / str(old), ignore_errors=True)
+
+    def point_to(self, number: int) -> None:
+        """Make another recorded generation the current one, as far as the directory can be written."""
+        with suppress(OSError):
+            write(self.path / "current.new", str(number))
+            (self.path / "current.new").rename(self.path / "current")
+            sync(self.path)
 
     def bootable(self) -> list[int]:
         """Numbers of generations that were confirmed, or needed no confirmation: the one in force first, then the newest."""
@@ -345,8 +357,8 @@ class StateDir:
             return  # written before there were checksums
         sums = json.loads((folder / "sums.json").read_text(encoding="utf-8"))
         for name in _SUMMED:
-            if _sum(folder / name) != sums[name]:
-                raise ValueError(f"generation {number}: {name} is damaged")
+            if checksum(folder / name) != sums[name]:
+                raise ValueError(f"its {name} is damaged")
 
     def trial(self) -> Trial | None:
         """The pending trial, or None; one that was confirmed is over, whether or not its file is gone."""
@@ -383,12 +395,12 @@ class StateDir:
             HostRefused: it cannot be written; nothing was changed.
         """
         try:
-            _write(self.path / "before.json", json.dumps([asdict(each) for each in before], separators=(",", ":")))
-            _write(self.path / "trial.new", json.dumps(asdict(trial)))
+            write(self.path / "before.json", json.dumps([asdict(each) for each in before], separators=(",", ":")))
+            write(self.path / "trial.new", json.dumps(asdict(trial)))
             generation = self._number(pending)
             (self.path / "current.new").rename(self.path / "trial.current")
             (self.path / "trial.new").rename(self.path / "trial.json")
-            _sync(self.path)
+            sync(self.path)
         except OSError as error:
             raise _unwritable(self.path, error) from error
         return generation
@@ -400,7 +412,7 @@ class StateDir:
             HostRefused: it cannot be written.
         """
         try:
-            _write(self.path / "trial.new", json.dumps(asdict(trial)))
+            write(self.path / "trial.new", json.dumps(asdict(trial)))
             (self.path / "trial.new").rename(self.path / "trial.json")
         except OSError as error:
             raise _unwritable(self.path, error) from error
@@ -413,7 +425,7 @@ class StateDir:
         """
         try:
             self._make_current("trial.current")
-            _sync(self.path)
+            sync(self.path)
         except OSError as error:
             raise HostRefused(f"cannot record the confirmation in {self.path}: {error.strerror}") from error
         self._settle(trial.number, "confirmed")
@@ -431,9 +443,9 @@ class StateDir:
         # A full disk keeps the reason from being written, not the return.
         with suppress(OSError):
             if settled:
-                _write(settled, f"{why}, {datetime.now(UTC).isoformat(timespec='seconds')}\n")
+                write(settled, f"{why}, {datetime.now(UTC).isoformat(timespec='seconds')}\n")
         with suppress(OSError):
-            _sync(self.path)
+            sync(self.path)
 
     def _drop_trial(self) -> None:
         try:
@@ -473,26 +485,6 @@ class StateDir:
         """Nothing of ours is in force any more; the generations stay for the record."""
         with suppress(FileNotFoundError):
             (self.path / "current").rename(self.path / "removed")
-
-
-def _sum(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _sync(folder: Path) -> None:
-    """Make renames in a directory last (fsync(2))."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def _unwritable(path: Path, error: OSError) -> HostRefused:

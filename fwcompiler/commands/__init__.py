@@ -2,6 +2,7 @@
 
 from fwcompiler.commands import (
     audit,
+    boot,
     change,
     generations,
     look,
@@ -14,6 +15,7 @@ from fwcompiler.commands.app import app
 __all__ = [
     "app",
     "audit",
+    "boot",
     "change",
     "generations",
     "look",

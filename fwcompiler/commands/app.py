@@ -170,11 +170,9 @@ def target_namespace(options: Options) -> Iterator[Namespace]:
 
 def state_dir(options: Options) -> StateDir:
     """The state directory of the options."""
-    from fwcompiler.state import DEFAULT, StateDir
+    from fwcompiler.state import StateDir
 
-    if options.state_dir:
-        return StateDir(options.state_dir)
-    return StateDir(DEFAULT if options.netns is None else f"{DEFAULT}/netns/{options.netns}")
+    return StateDir.of(options.state_dir, options.netns)
 
 
 def show_plan(planned: Plan, compiled: Compiled | None, options: Options) -> None:
