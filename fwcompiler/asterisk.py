@@ -21,6 +21,8 @@ from fwcompiler.source import LINE_END
 FOLDER = "/etc/asterisk"
 MAX_INCLUDES = 10
 """How deep includes go (main/config.c, MAX_INCLUDE_LEVEL)."""
+MAX_FILES = 1000
+"""How many files one configuration may read: files that include each other by pattern would never end."""
 MAX_BYTES = 8 << 20
 RTP_FIRST, RTP_LAST, RTP_LOWEST = 5000, 31000, 1024
 """The ports Asterisk takes where rtp.conf does not say, and the lowest it accepts (res_rtp_asterisk.c)."""
@@ -139,6 +141,7 @@ class _Parser:
     def __init__(self, path: str, folder: str, reader: Reader) -> None:
         self.configuration = Configuration(path)
         self._folder, self._reader = folder, reader
+        self._files = 1
 
     def file(self, path: str, text: str, level: int) -> None:
         """Read one file. Settings before its first header belong to the section that was opened last, as in Asterisk."""
@@ -155,9 +158,14 @@ class _Parser:
                 else:
                     self._setting(line, at, current)
             except _Refused as refused:
-                self.configuration.notes.append(Note(f"{refused}: Asterisk does not load this file", at, refused=True))
+                self._refuse(str(refused), at)
         if lines.opened:
             self._note(path, lines.opened, "a block comment that starts here is never closed")
+
+    def _refuse(self, message: str, at: Position) -> None:
+        """Asterisk stops at the first thing that it refuses; here the rest is read all the same."""
+        if not any(note.refused for note in self.configuration.notes):
+            self.configuration.notes.append(Note(f"{message}: Asterisk does not load this file", at, refused=True))
 
     def _note(self, path: str, number: int, message: str) -> None:
         self.configuration.notes.append(Note(message, Position(path, number)))
@@ -206,10 +214,13 @@ class _Parser:
     def _include(self, name: str, level: int, *, optional: bool) -> None:
         if level >= MAX_INCLUDES:
             raise _Refused(f"includes go deeper than {MAX_INCLUDES} levels")
+        if self._files > MAX_FILES:
+            raise _Refused(f"more than {MAX_FILES} files are included")
         pattern = name if name.startswith("/") else f"{self._folder}/{name}"
         texts = [(path, text) for path in self._reader.match(pattern) if (text := self._reader.text(path)) is not None]
         if not texts and not optional:
             raise _Refused(f"`#include {name}`: there is no such file")
+        self._files += len(texts)
         for path, text in texts:
             self.file(path, text, level + 1)
 

@@ -51,9 +51,13 @@ def service_named(policy: Resolved, name: str) -> ResolvedService | None:
 
 def rtp(policy: Resolved, facts: Facts) -> Iterator[Issue]:
     """The ports Asterisk sends audio from and expects it on, against those the policy opens."""
-    configuration = facts.asterisk.get("rtp.conf") or Configuration(f"{facts.asterisk_folder}/rtp.conf")
+    known = facts.asterisk.get("rtp.conf")
+    configuration = known or Configuration(f"{facts.asterisk_folder}/rtp.conf")
     taken = rtp_ports(configuration)
-    for problem in taken.problems:
+    if known is None:
+        message = f"there is no {configuration.file}, so Asterisk takes {port_text((taken.first, taken.last))} for audio"
+        yield Issue("rtp-values", "warning", message, place=configuration.file, remedy="write one with `rtpstart` and `rtpend`")
+    for problem in taken.problems if known else ():
         yield Issue("rtp-values", "warning", problem.message, problem.at, remedy=problem.hint)
     used = ((taken.first, taken.last),)
     opened = merged(r for s in policy.services for p in s.ports if p.protocol == "udp" for r in p.ranges)

@@ -44,24 +44,27 @@ class Matrix:
 def matrix(policy: Resolved) -> Matrix:
     """The internet first, then every group that is named somewhere; exact for the fixed addresses of each."""
     services = policy.services
-    blocked = policy.addresses(policy.block.groups) - policy.addresses(policy.block.excepted) if policy.block else Addresses()
     trusted = policy.addresses(policy.trust)
+    reaching = tuple(policy.addresses(s.groups) | trusted if s.groups is not None else None for s in services)
+    blocked = policy.addresses(policy.block.groups) - policy.addresses(policy.block.excepted) if policy.block else Addresses()
     anywhere = Row("anywhere", "every address", tuple("all" if s.groups is None else "none" for s in services))
     rows = [anywhere]
     for group in policy.groups.values():
-        cells = tuple(_reach(policy, s, group.name, group.addresses, blocked, trusted) for s in services)
+        cells = tuple(_reach(policy, s, group.name, group.addresses - blocked, known) for s, known in zip(services, reaching, strict=True))
         rows.append(Row(group.name, _size(group.addresses, dynamic=group.dynamic), cells, group.dynamic))
     return Matrix(services, tuple(rows))
 
 
-def _reach(policy: Resolved, service: ResolvedService, name: str, members: Addresses, blocked: Addresses, trusted: Addresses) -> Reach:
-    """How much of a group reaches a service; a group without fixed addresses is judged by its name."""
+def _reach(policy: Resolved, service: ResolvedService, name: str, unblocked: Addresses, known: Addresses | None) -> Reach:
+    """How much of a group reaches a service, whose sources are `known` (None: everybody); `unblocked`: who of it no block drops.
+
+    A group without fixed addresses is judged by its name.
+    """
+    members = policy.groups[name].addresses
     if not members:
-        named = name in policy.trust or service.groups is None or name in service.groups
+        named = known is None or name in policy.trust or name in (service.groups or ())
         return "all" if named and not (policy.block and name in policy.block.groups) else "none"
-    reaching = members - blocked
-    if service.groups is not None:
-        reaching = reaching & (policy.addresses(service.groups) | trusted)
+    reaching = unblocked if known is None else unblocked & known
     return "all" if reaching == members else "some" if reaching else "none"
 
 

@@ -82,7 +82,11 @@ def of_policy(finding: Finding) -> Issue:
 def in_order(issues: Iterable[Issue]) -> tuple[Issue, ...]:
     """The worst first, then by code and place; the same every time, nothing twice."""
     unique = dict.fromkeys(issues)
-    return tuple(sorted(unique, key=lambda i: (-SEVERITIES.index(i.severity), i.code, i.where, i.message)))
+    return tuple(sorted(unique, key=_key))
+
+
+def _key(issue: Issue) -> tuple[int, str, Position, str, str]:
+    return -SEVERITIES.index(issue.severity), issue.code, issue.at or Position("", 0), issue.place, issue.message
 
 
 def meaning(code: str) -> str:

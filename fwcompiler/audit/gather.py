@@ -240,10 +240,14 @@ class _Gatherer:
 
     def _locked_out(self, peers: Sequence[Peer], members: Mapping[str, Addresses]) -> Iterator[LockedOut]:
         """Peers that the policy would refuse as new ones; members at run time count."""
+        coming = [g for s in self._policy.services if s.name == "ssh" for g in s.groups or () if self._policy.groups[g].dynamic]
+        if coming and set(coming) - set(members):
+            self.left_out.append(f"lock-out: who is in {', '.join(coming)} at present is not known without the live rules")
+            return
         for peer in dict.fromkeys((p.version, p.address, p.local_port) for p in peers):
             version, address, port = peer
             low, high = LOOPBACK[version]
-            if low <= address <= high or any((version, address) in m for m in members.values()):
+            if low <= address <= high or any((version, address) in members[g] for g in coming):
                 continue
             found = explain(self._policy, Packet(version, address, PROTOCOLS["tcp"], port))
             if found.verdict != "accept":

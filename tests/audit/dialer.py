@@ -55,11 +55,12 @@ def certificate(
     days: float = 90,
     authority: bool = False,
     key: Key | None = None,
+    now: datetime | None = None,
 ) -> Made:
     """A certificate for a name, valid from `start` days from now for `days`; signed by itself where there is no issuer."""
+    now = now or datetime.now(UTC)
     own = key or ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    now = datetime.now(UTC)
     builder = (
         x509.CertificateBuilder()
         .subject_name(subject)
