@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from fwcompiler.addresses import Addresses, Range, Ranges
 from fwcompiler.asterisk import Configuration
+from fwcompiler.diagnostics import Finding
 
 if TYPE_CHECKING:
     from fwcompiler.kernel.sockets import Listener
@@ -103,15 +104,6 @@ class Drift:
 
 
 @dataclass(frozen=True, slots=True)
-class LockedOut:
-    """Somebody who is connected by SSH, and could not connect again."""
-
-    source: str
-    port: int
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
 class CertificateFile:
     """A certificate file that a configuration names; `error`: it cannot be read."""
 
@@ -140,7 +132,8 @@ class Facts:
     answers: tuple[Answer, ...] | None = None
     rules: Rules | None = None
     drift: Drift | None = None
-    locked_out: tuple[LockedOut, ...] | None = None
+    locked_out: tuple[Finding, ...] | None = None
+    """Who is logged in by SSH and could not log in again, each with the policy's line."""
     resolved_names: Mapping[str, Addresses] = field(default_factory=dict)
     members: Mapping[str, Addresses] = field(default_factory=dict)
     """Members of dynamic groups at present."""

@@ -34,7 +34,6 @@ CODES: dict[str, str] = {
     "ipv6-parity": "a service that is reachable in one address family only, since its groups have no address of the other",
     "listener": "a socket that listens beyond the host itself and that no service covers",
     "local-nets": "networks that Asterisk would treat as the internet",
-    "lock-out": "somebody who is connected by SSH could not connect again",
     "not-loaded": "no rules of fwc are loaded",
     "peer-missing": "a peer of Asterisk that is in no group of the SIP services",
     "peer-name": "a peer of Asterisk by name, which is not looked up",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from fwcompiler.addresses import LOOPBACK, NOBODY, Addresses, Ranges, address_text, merged, parse_address
+from fwcompiler.addresses import NOBODY, Addresses, Ranges, address_text, merged, parse_address
 from fwcompiler.asterisk import FOLDER, Configuration, Disk, read_configuration
 from fwcompiler.audit.agreement import TLS_PORT, http_binds
 from fwcompiler.audit.exposure import beyond
@@ -22,7 +22,6 @@ from fwcompiler.audit.facts import (
     Drift,
     Facts,
     Helper,
-    LockedOut,
     OwnAddress,
     Rules,
     Served,
@@ -30,23 +29,21 @@ from fwcompiler.audit.facts import (
 from fwcompiler.audit.published import published
 from fwcompiler.audit.signalling import sip_names
 from fwcompiler.backend import Saved
-from fwcompiler.diagnostics import Failure, PolicyRejected, UsageError
+from fwcompiler.diagnostics import Failure, Finding, PolicyRejected, UsageError
+from fwcompiler.guard import SSH, Visitor, judge, ssh_ports, visitors
 from fwcompiler.kernel import hostfacts, sockets, web
 from fwcompiler.kernel.netns import Namespace
 from fwcompiler.pipeline import Compiled, Host, plan
-from fwcompiler.ports import PROTOCOLS
-from fwcompiler.proof.fields import Packet
-from fwcompiler.proof.meaning import explain
+from fwcompiler.plan import Plan
 from fwcompiler.registry import load
 from fwcompiler.report import access_lines
 from fwcompiler.ruleset import Ruleset
 
 if TYPE_CHECKING:
-    from fwcompiler.kernel.sockets import Listener, Peer
+    from fwcompiler.kernel.sockets import Listener
 
 T = TypeVar("T")
 TLS_SERVICES = ("https", "wss")
-SSH = 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +54,8 @@ class Wishes:
     name: str | None = None
     authority: str | None = None
     resolve: bool = False
+    ancestors: bool = True
+    """Look for SSH_CONNECTION also where only the calling processes have it."""
 
 
 def gather(compiled: Compiled, host: Host | None, wishes: Wishes, left_out: Sequence[str] = ()) -> Facts:
@@ -81,6 +80,8 @@ class _Gatherer:
     def facts(self) -> Facts:
         """Everything; the live rules last, since trying rules out without root leaves the host's network."""
         folder, asterisk = self._asterisk()
+        if self._wishes.authority is not None:
+            web.require_authority(self._wishes.authority)
         namespace = self._host.namespace if self._host else Namespace()
         with namespace.entered():
             addresses = self._try("this host's addresses", hostfacts.addresses)
@@ -91,11 +92,11 @@ class _Gatherer:
             resolved = {name: _addresses(web.addresses_of(name)) for name in names}
             filters = self._try("other packet filters", hostfacts.filters)
             conntrack, helper = self._conntrack(), self._helper(filters)
-            peers = self._try("connected administrators", lambda: sockets.peers(self._ssh_ports()))
             local_ports = hostfacts.local_ports()
+        everybody = self._try("who is logged in", lambda: visitors(ssh_ports(self._policy), namespace, ancestors=self._wishes.ancestors))
         own = tuple(OwnAddress(a.version, a.address, a.name, a.wide) for a in addresses) if addresses is not None else None
-        drift, live = self._drift()
-        members = _members(live)
+        planned = self._plan()
+        live = planned.live if planned else None
         return Facts(
             name=self._name,
             now=datetime.now(UTC),
@@ -110,10 +111,10 @@ class _Gatherer:
             certificate_files=tuple(self._certificate_files(asterisk, folder)),
             answers=answers,
             rules=self._rules(filters, own, live) if filters else None,
-            drift=drift,
-            locked_out=tuple(self._locked_out(peers, members)) if peers is not None else None,
+            drift=self._drift(planned) if planned else None,
+            locked_out=self._locked_out(everybody, planned) if everybody is not None else None,
             resolved_names={name: found for name, found in resolved.items() if found},
-            members=members,
+            members=_members(live),
             left_out=tuple(self.left_out),
         )
 
@@ -150,9 +151,6 @@ class _Gatherer:
     def _ports_of(self, names: Sequence[str], usual: Sequence[int]) -> list[int]:
         named = [low for s in self._policy.services if s.name in names for p in s.ports if p.protocol == "tcp" for low, _ in p.ranges]
         return list(dict.fromkeys((*named, *usual)))
-
-    def _ssh_ports(self) -> list[int]:
-        return self._ports_of(("ssh",), (SSH,))
 
     def _where(self, listeners: Sequence[Listener] | None, port: int) -> str | None:
         """An address of this host under which a port can be asked; None where nothing listens."""
@@ -225,33 +223,26 @@ class _Gatherer:
         bypass = live.bypass if live is not None else ()
         return Rules(filters.legacy_rules(), filters.nft_rules(), tuple(reversed(unique.values())), bypass)
 
-    def _drift(self) -> tuple[Drift | None, Ruleset | None]:
+    def _plan(self) -> Plan | None:
         host = self._host
-        if host is None:
-            return None, None
-        planned = self._try("drift", lambda: plan(self._compiled, host)[0])
-        if planned is None:
-            return None, None
+        return self._try("drift", lambda: plan(self._compiled, host)[0]) if host is not None else None
+
+    def _drift(self, planned: Plan) -> Drift:
         access = [
             *access_lines(planned.access.gained, self._policy, "+", "would reach"),
             *access_lines(planned.access.lost, self._policy, "-", "would no longer reach"),
         ]
-        return Drift(bool(planned.live), planned.in_sync, planned.changes(), tuple(access)), planned.live
+        return Drift(bool(planned.live), planned.in_sync, planned.changes(), tuple(access))
 
-    def _locked_out(self, peers: Sequence[Peer], members: Mapping[str, Addresses]) -> Iterator[LockedOut]:
-        """Peers that the policy would refuse as new ones; members at run time count."""
-        coming = [g for s in self._policy.services if s.name == "ssh" for g in s.groups or () if self._policy.groups[g].dynamic]
-        if coming and set(coming) - set(members):
+    def _locked_out(self, everybody: Sequence[Visitor], planned: Plan | None) -> tuple[Finding, ...]:
+        """Who could not log in again; without the live rules, by the policy alone."""
+        if planned is not None:
+            return judge(everybody, planned.wanted, planned.live, self._compiled).locked_out
+        coming = [g for s in self._policy.services if s.name == SSH for g in s.groups or () if self._policy.groups[g].dynamic]
+        if coming:
             self.left_out.append(f"lock-out: who is in {', '.join(coming)} at present is not known without the live rules")
-            return
-        for peer in dict.fromkeys((p.version, p.address, p.local_port) for p in peers):
-            version, address, port = peer
-            low, high = LOOPBACK[version]
-            if low <= address <= high or any((version, address) in members[g] for g in coming):
-                continue
-            found = explain(self._policy, Packet(version, address, PROTOCOLS["tcp"], port))
-            if found.verdict != "accept":
-                yield LockedOut(address_text(version, address), port, found.reason)
+            return ()
+        return judge(everybody, self._compiled.ruleset, Ruleset(), self._compiled).locked_out
 
 
 def _rulesets(filters: hostfacts.Filters) -> Iterator[tuple[str, Ruleset]]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 from fwcompiler.audit.facts import Answer, Conntrack, Drift, Facts, Helper, Rules
-from fwcompiler.audit.findings import Issue
+from fwcompiler.audit.findings import Issue, of_policy
 from fwcompiler.diagnostics import Position
 from fwcompiler.ports import port_text
 from fwcompiler.resolve import Resolved, ResolvedService
@@ -22,10 +22,7 @@ def host(policy: Resolved, facts: Facts, where: Position) -> Iterator[Issue]:
     """Every check of the running host; `where` is the policy file."""
     if facts.drift is not None:
         yield from _drift(facts.drift, where)
-    for each in facts.locked_out or ():
-        message = f"{each.source} is connected to tcp/{each.port}, and could not connect again: {each.reason}"
-        at = next((s.at for s in policy.services if s.name == "ssh"), where)
-        yield Issue("lock-out", "error", message, at, remedy="add the address to a group that `ssh` names")
+    yield from (of_policy(finding) for finding in facts.locked_out or ())
     if facts.rules is not None:
         yield from _rules(facts.rules)
     yield from _redirects(policy, facts)

@@ -37,10 +37,8 @@ def audit(
     options: Options = context.obj
     if sarif and options.json:
         raise UsageError("--sarif and --json both write to standard output", hint="choose one of them")
-    if ca is not None and not Path(ca).is_file():
-        raise UsageError(f"there is no file `{ca}`", hint="--ca names a certificate authority's PEM file")
     compiled = compiled_policy(policy, replace(options, quiet=True))
-    wishes = Wishes(asterisk_dir, name, ca, resolve)
+    wishes = Wishes(asterisk_dir, name, ca, resolve, ancestors=options.netns is None)
     try:
         with chosen_host(options) as host:
             facts = gather(compiled, host, wishes)

@@ -12,7 +12,7 @@ import ssl
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
-from fwcompiler.diagnostics import Unavailable
+from fwcompiler.diagnostics import Unavailable, UsageError
 
 TIMEOUT = 5.0
 MOST_HOPS = 6
@@ -26,6 +26,19 @@ def addresses_of(name: str) -> list[tuple[int, str]]:
         return []
     versions = {socket.AF_INET: 4, socket.AF_INET6: 6}
     return sorted({(versions[family], str(to[0])) for family, _, _, _, to in found if family in versions})
+
+
+def require_authority(path: str) -> None:
+    """Check that a file holds certificates.
+
+    Raises:
+        UsageError: it cannot be read, or holds none.
+    """
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
+    except OSError as error:
+        reason = "it holds no certificate" if isinstance(error, ssl.SSLError) else _words(error).lower()
+        raise UsageError(f"cannot use `{path}`: {reason}", hint="--ca names a certificate authority's PEM file") from error
 
 
 def certificate_chain(address: str, port: int, name: str, authority: str | None = None) -> tuple[tuple[bytes, ...], str, str]:

@@ -14,3 +14,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def update_picture(request: pytest.FixtureRequest) -> bool:
     """True under `--update-picture`; the option exists only where this folder is named on the command line."""
     return bool(request.config.getoption("--update-picture", default=False))
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of the caller's environment decides about a test."""
+    for name in ("FWC_STATE_DIR", "NO_COLOR", "SSH_CONNECTION"):
+        monkeypatch.delenv(name, raising=False)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from audit.dialer import EXAMPLES, NAME, OK, REDIRECT, Dialer, certificate, dialer
-from cli.harness import Host, Ran, valid
+from cli.harness import BACKENDS, Host, Ran, program, valid
 
 POLICY = """version: 1
 name: dialer1
@@ -41,6 +41,9 @@ def host(tmp_path: Path, netns: str) -> Host:
 
 def audit(host: Host, *arguments: str) -> Ran:
     """Audit the policy that was written last, from its folder."""
+    (host.folder / "asterisk").mkdir(exist_ok=True)
+    if not (host.folder / "ca.pem").exists():
+        (host.folder / "ca.pem").write_bytes(certificate("Example CA", authority=True).pem)
     with chdir(host.folder):
         return host.fwc("audit", "policy.yaml", "--asterisk-dir", "asterisk", "--name", NAME, "--ca", "ca.pem", *arguments)
 
@@ -133,8 +136,18 @@ def found(ran: Ran) -> set[tuple[str, str]]:
     return {(f["code"], f["severity"]) for f in valid("audit", ran.json)["findings"] if f["code"] not in MACHINE}
 
 
-def test_nothing_is_found_on_the_right_host(host: Host) -> None:
+def drift(host: Host) -> None:
+    """A rule by hand, in front of all of ours."""
+    if host.backend == "nftables":
+        host.run("nft", "insert", "rule", "inet", "fwc", "input", "tcp", "dport", "9999", "accept")
+    else:
+        host.iptables("-I", "FWC-input", "-p", "tcp", "--dport", "9999", "-j", "ACCEPT")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_is_found_on_the_right_host(host: Host, backend: str) -> None:
     """A host that agrees with its policy in everything: no finding at all, and the exit code says so."""
+    host.backend = backend
     host.apply(POLICY)
     with dialer(host.netns, host.folder) as made:
         right(made)
@@ -146,10 +159,12 @@ def test_nothing_is_found_on_the_right_host(host: Host) -> None:
     assert {c["days_left"] for c in ran.json["certificates"]} == {88}
 
 
-def test_every_planted_fault_is_found(host: Host) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_planted_fault_is_found(host: Host, backend: str) -> None:
     """One fault of each kind, and each is found with its code and severity; nothing else is."""
+    host.backend = backend
     host.apply(POLICY)
-    host.run("nft", "insert", "rule", "inet", "fwc", "input", "tcp", "dport", "9999", "accept")
+    drift(host)
     with dialer(host.netns, host.folder) as made:
         wrong(made)
         ran = audit(host, "--json")
@@ -178,6 +193,44 @@ def test_every_planted_fault_is_found(host: Host) -> None:
     }
     assert ("docker-bypass", "tcp/8081") not in places
     assert "secret = " not in json.dumps(ran.json)
+
+
+UNPRIVILEGED = ("setpriv", "--inh-caps=-all", "--bounding-set=-all", "--ambient-caps=-all")
+
+
+def test_without_any_right(host: Host) -> None:
+    """Who may not see rules gets everything else, and is told what was left out."""
+    host.apply(POLICY)
+    with dialer(host.netns, host.folder) as made:
+        wrong(made)
+        inside = ("ip", "netns", "exec", host.netns, *UNPRIVILEGED)
+        arguments = ("--asterisk-dir", "asterisk", "--name", NAME, "--ca", "ca.pem", "--state-dir", str(host.state), "--json")
+        ran = program("audit", "policy.yaml", *arguments, prefix=inside, cwd=host.folder)
+
+    assert ran.code == 1, ran.err
+    assert {code for code, _ in PLANTED} - {code for code, _ in found(ran)} == {"docker-bypass", "drift", "two-variants"}
+    assert ran.json["in_sync"] is None
+    assert [line.partition(":")[0] for line in ran.json["left_out"]] == ["other packet filters", "drift"]
+
+
+def test_a_wrong_command_line(host: Host) -> None:
+    """Folders, files and forms that are not there are refused before anything is asked."""
+    host.write(POLICY)
+    policy = str(host.folder / "policy.yaml")
+
+    for wrong_ in (("--asterisk-dir", "nowhere"), ("--ca", "nowhere"), ("--ca", policy), ("--json", "--sarif"), ("--fail-on", "sometimes")):
+        ran = host.fwc("audit", policy, *wrong_)
+        assert (ran.code, ran.out) == (2, ""), wrong_
+    assert host.fwc("audit", policy, "--html", str(host.folder / "no" / "page.html")).code == 2
+    assert host.fwc("audit", str(host.folder / "none.yaml")).code == 3
+
+
+@pytest.mark.parametrize(("level", "code"), [("never", 0), ("error", 0), ("warning", 1), ("note", 1)])
+def test_fail_on(host: Host, level: str, code: int) -> None:
+    """The exit code is 1 from the severity on that was asked for."""
+    host.apply("version: 1\ngroups:\n  admins: [192.0.2.10]\nservices:\n  ssh: {from: [admins]}\n")
+
+    assert audit(host, "--fail-on", level).code == code
 
 
 def test_the_text_says_where_and_what_to_do(host: Host) -> None:
@@ -241,7 +294,7 @@ def chromium(folder: Path, file: Path, *arguments: str) -> str:
 def test_the_page_opens_in_a_browser(host: Host, update_picture: bool) -> None:
     """The page shows its findings, the matrix, the plan and the certificates in Chromium, and is drawn; the docs show that picture."""
     host.apply(POLICY)
-    host.run("nft", "insert", "rule", "inet", "fwc", "input", "tcp", "dport", "9999", "accept")
+    drift(host)
     with dialer(host.netns, host.folder) as made:
         wrong(made)
         assert audit(host, "--html", "audit.html", "-q").code == 1

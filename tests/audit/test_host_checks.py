@@ -12,13 +12,13 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from fwcompiler.audit.audit import audit
 from fwcompiler.audit.certificates import certificates, read
 from fwcompiler.audit.exposure import exposure, matrix
-from fwcompiler.audit.facts import Answer, CertificateFile, Conntrack, Drift, Helper, LockedOut, Published, Rules, Served
+from fwcompiler.audit.facts import Answer, CertificateFile, Conntrack, Drift, Helper, Published, Rules, Served
 from fwcompiler.audit.findings import CODES, Issue, in_order
 from fwcompiler.audit.host import host
 from fwcompiler.audit.published import published
 from fwcompiler.backend import Saved
 from fwcompiler.diagnostics import CODES as POLICY_CODES
-from fwcompiler.diagnostics import Position
+from fwcompiler.diagnostics import Finding, Position
 from fwcompiler.registry import load
 from fwcompiler.ruleset import Ruleset
 
@@ -219,7 +219,7 @@ def test_drift_and_others(tmp_path: Path) -> None:
     assert check(drift=Drift(True, True)) == []
     assert check(drift=Drift(True, False, ("add rule",))) == [("drift", "error", 1)]
     assert check(drift=Drift(False, False)) == [("not-loaded", "error", 1)]
-    assert check(locked_out=(LockedOut("8.8.8.8", 22, "ssh does not name it"),)) == [("lock-out", "error", 13)]
+    assert check(locked_out=(Finding("lock-out", "8.8.8.8 could not", Position("policy.yaml", 13)),)) == [("lock-out", "error", 13)]
     assert check(rules=Rules(legacy=3)) == []
     assert check(rules=Rules(legacy=3, nft=1)) == [("two-variants", "warning", 0)]
     assert check(rules=Rules(published=(Published("tcp", (80, 80), "172.17.0.2:80", "nat/DOCKER"),))) == [("docker-bypass", "error", 0)]
