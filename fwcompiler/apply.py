@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fwcompiler import connections
 from fwcompiler.backend import Backend
 from fwcompiler.diagnostics import HostRefused, RolledBack
 from fwcompiler.dynamic import reconcile
@@ -81,7 +82,7 @@ def _put_into_force(pending: Path, compiled: Compiled | None, plan: Plan, host: 
         raise
     if generation is None:
         generation = _recorded(pending, plan, host)
-    notes = reconcile(host, found)
+    notes = (*reconcile(host, found), *_end_connections(plan, found, host))
     if before is not None:
         try:
             _take_out(before, host.namespace)
@@ -100,6 +101,14 @@ def _recorded(pending: Path, plan: Plan, host: Host) -> Generation:
         _return(plan, host)
         refused.message += "; the previous ruleset was restored"
         raise
+
+
+def _end_connections(plan: Plan, found: Ruleset, host: Host) -> tuple[str, ...]:
+    """Whoever lost access loses his connections; what could not be done, in words."""
+    if not plan.steps:
+        return ()
+    failed = connections.end(connections.lost_access(plan.live, found, plan.access), host.namespace)
+    return (failed,) if failed else ()
 
 
 def _execute(plan: Plan, host: Host) -> None:

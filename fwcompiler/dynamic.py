@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from fwcompiler import connections
 from fwcompiler.addresses import AddressError, Ranges, address_text, parse_entry
 from fwcompiler.backend import SetKind
 from fwcompiler.diagnostics import HostRefused, UsageError, did_you_mean
@@ -81,7 +82,8 @@ def allow(host: Host, group: str, text: str, length: str | None = None, reason: 
         _grant(kind, target, wish, journal)
     static = any(s.ranges and s.name == f"{group}.v{version}" for s in after.sets)
     notes = (f"the policy has {wish.address} in {group} already: it stays in also when this time is over",) if static else ()
-    return MemberChange(wish, compare(before, after), notes)
+    access = compare(before, after)
+    return MemberChange(wish, access, (*notes, *_ended(access, host)))
 
 
 def revoke(host: Host, group: str, text: str) -> MemberChange:
@@ -104,8 +106,14 @@ def revoke(host: Host, group: str, text: str) -> MemberChange:
         wish = _wish("revoke", group, version, address)
         journal.add(wish)
         _withdraw(kind, target, wish, journal)
-    after = before if target is None else _given(before, target, ())
-    return MemberChange(wish, compare(before, after))
+    access = compare(before, before if target is None else _given(before, target, ()))
+    return MemberChange(wish, access, _ended(access, host))
+
+
+def _ended(access: AccessChange, host: Host) -> tuple[str, ...]:
+    """End the connections that the address could not open any more; what could not be done, in words."""
+    failed = connections.end(access.lost, host.namespace)
+    return (failed,) if failed else ()
 
 
 def reconcile(host: Host, live: Ruleset) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import NamedTuple
 
@@ -209,6 +209,20 @@ class Channel:
         self._sequence += 1
         self._send(message(kind, NLM_F_ACK, self._sequence, family, 0, *parts))
         return list(self._answers())
+
+    def ask_each(self, kind: int, family: int, parts: Sequence[bytes], flags: int = 0) -> list[NetlinkError | None]:
+        """Independent requests in one send, one for each of `parts`; for each what the kernel refused it with, or None.
+
+        Raises:
+            NetlinkError: an answer got lost.
+        """
+        first = self._sequence + 1
+        self._sequence += len(parts)
+        self._send(b"".join(message(kind, flags | NLM_F_ACK, first + n, family, 0, part) for n, part in enumerate(parts)))
+        answers = {reply.sequence: _error(reply) for reply in self._queued() if reply.kind == NLMSG_ERROR}
+        if not all(first + n in answers for n in range(len(parts))):
+            raise Unacknowledged(errno.ENODATA, "the kernel did not answer every request")
+        return [answers[first + n] for n in range(len(parts))]
 
     def dump(self, kind: int, family: int, *parts: Bytes) -> list[bytes]:
         """All entries of a listing, taken anew when the ruleset changed half-way.

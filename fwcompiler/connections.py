@@ -1,0 +1,65 @@
+"""Ends the connections of sources that lost access: taken out of a group, a member's turn over, a service gone.
+
+Restricted services and blocks are decided before the established rule, so most of it bites at once by the rules alone. What
+this adds: connections to services that are no longer there, or are public no longer, and a table that tells the truth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from fwcompiler.addresses import merged
+from fwcompiler.diagnostics import HostRefused
+from fwcompiler.kernel import conntrack
+from fwcompiler.kernel.conntrack import Cut
+from fwcompiler.ports import PROTOCOLS
+from fwcompiler.proof.access import Access, AccessChange, compare
+from fwcompiler.ruleset import AddressSet, Ruleset
+
+if TYPE_CHECKING:
+    from fwcompiler.kernel.netns import Namespace
+
+TRACKED = ("tcp", "udp")
+
+
+def lost_access(before: Ruleset, after: Ruleset, change: AccessChange) -> tuple[Access, ...]:
+    """Who can no longer open what, dynamic members counted in: a member keeps what it has, whatever the policy's lists lose.
+
+    `change` is the difference without them. Both rulesets were observed, sets with contents and members.
+    """
+    if not any(s.members for s in (*before.sets, *after.sets)):
+        return change.lost
+    return compare(_with_members(before), _with_members(after)).lost
+
+
+def _with_members(ruleset: Ruleset) -> Ruleset:
+    def held(each: AddressSet) -> AddressSet:
+        return replace(each, ranges=merged((a, a) for a, _ in each.members)) if each.dynamic else each
+
+    return replace(ruleset, sets=tuple(map(held, ruleset.sets)))
+
+
+def end(lost: Iterable[Access], namespace: Namespace) -> str:
+    """Delete the entries of connections that the sources could not open any more; what went wrong, in words, or nothing.
+
+    A failure undoes nothing: the rules are in force, and decide about every packet that is not of an old connection.
+    """
+    cuts = list(_cuts(lost))
+    if not cuts:
+        return ""
+    try:
+        with namespace.entered():
+            conntrack.delete(cuts)
+    except HostRefused as refused:
+        return f"the connections of sources that lost access were not ended: {refused.message}"
+    return ""
+
+
+def _cuts(lost: Iterable[Access]) -> Iterator[Cut]:
+    for access in lost:
+        protocol, _, ports = access.to.partition("/")
+        if protocol in TRACKED:
+            low, _, high = ports.partition("-")
+            yield Cut(PROTOCOLS[protocol], (int(low), int(high or low)), access.addresses)
