@@ -12,7 +12,7 @@ from typing import Any
 import kernelspace
 import yaml
 from oracle.machine import Machine, machine
-from oracle.packets import Members, member_commands, members, packets, with_members
+from oracle.packets import Members, joined, member_commands, members, packets, with_members
 from oracle.reading import Diagram, meant
 from oracle.wire import Probe
 from property.strategies import resolved
@@ -21,11 +21,21 @@ from fwcompiler.addresses import address_text
 from fwcompiler.backend import Backend
 from fwcompiler.kernel import observe, runner
 from fwcompiler.lower import lower
+from fwcompiler.plan import make_plan, with_contents
 from fwcompiler.proof.describe import packet_text, rule_text
 from fwcompiler.proof.fields import Packet
 from fwcompiler.proof.meaning import Clause, clauses
 from fwcompiler.proof.trace import trace
 from fwcompiler.ruleset import Ruleset, State
+
+
+@dataclass(frozen=True)
+class Case:
+    """A policy, the one that is in force when it comes, and where members and packets are drawn from."""
+
+    document: dict[str, Any]
+    seed: int
+    before: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -74,35 +84,54 @@ class Bench:
     ruled: Machine
     tally: Tally = field(default_factory=Tally)
 
-    def try_policy(self, document: dict[str, Any], seed: int, count: int) -> list[Disagreement]:
-        """Load a policy, send packets, and name those about which not all agree.
+    def try_policy(self, case: Case, count: int) -> list[Disagreement]:
+        """Load a policy, over another one where the case names it, send packets, and name those about which not all agree.
 
         Raises:
             InvalidRun: reports of the kernel were lost.
         """
-        random = Random(seed)
-        policy = resolved(document)
-        at_present = members(policy, random)
-        full = with_members(policy, at_present)
-        with self.loaded(lower(policy), at_present) as held:
-            return self.compare(clauses(full), held, packets(full, random, count))
+        random = Random(case.seed)
+        policy, at_present = resolved(case.document), {}
+        with self.loaded(lower(resolved(case.before)) if case.before else None) as live, self.ruled.space.entered():
+            if case.before:
+                old = self._join(live, members(resolved(case.before), random))
+                self.update(lower(policy))
+                stay = {s.name for s in lower(policy).sets}
+                at_present = {key: who for key, who in old.items() if f"{key[0]}.dynamic.v{key[1]}" in stay}
+            else:
+                runner.execute(self.backend.load(lower(policy)))
+            at_present = joined(at_present, self._join(read(self.backend), members(policy, random)))
+            full = with_members(policy, at_present)
+            return self.compare(clauses(full), read(self.backend), packets(full, random, count))
 
     @contextmanager
-    def loaded(self, ruleset: Ruleset, at_present: Members | None = None) -> Iterator[Ruleset]:
-        """Rules for the length of a block, and how the backend reads what the kernel lists."""
+    def loaded(self, ruleset: Ruleset | None) -> Iterator[Ruleset]:
+        """Rules for the length of a block, and how the backend reads what the kernel lists; what comes on top goes as well."""
         backend = self.backend
-        with self.ruled.space.entered():
-            runner.execute(backend.load(ruleset))
-            held = read(backend)
-            if at_present:
-                for argv in member_commands(backend.set_kind, "add", held, at_present):
-                    kernelspace.run(argv)
-                held = read(backend)
         try:
+            with self.ruled.space.entered():
+                runner.execute(backend.load(ruleset) if ruleset else ())
+                held = read(backend)
             yield held
         finally:
             with self.ruled.space.entered():
-                runner.execute(backend.remove(held))
+                runner.execute(backend.remove(read(backend)))
+
+    def update(self, ruleset: Ruleset) -> None:
+        """Go from what is loaded to other rules as an apply does: by the difference."""
+        backend = self.backend
+        with kernelspace.namespace() as scratch, scratch.entered():
+            listing = runner.try_out(backend.load(ruleset), backend.listing())
+        plan = make_plan(backend, read(backend), with_contents(backend.parse(listing), ruleset))
+        runner.execute(plan.steps)
+        assert make_plan(backend, read(backend), plan.wanted).in_sync
+
+    def _join(self, held: Ruleset, who: Members) -> Members:
+        """Let members into the sets that a kernel holds, and say which are in one."""
+        for argv in member_commands(self.backend.set_kind, "add", held, who):
+            kernelspace.run(argv)
+        names = {each.name for each in held.sets}
+        return {key: addresses for key, addresses in who.items() if f"{key[0]}.dynamic.v{key[1]}" in names}
 
     def compare(self, meaning: Sequence[Clause], held: Ruleset, probes: Sequence[Probe]) -> list[Disagreement]:
         """What the meaning, two readings of a listing and the kernel say about packets, where that is not the same."""
@@ -138,7 +167,8 @@ def bench(backend: Backend) -> Iterator[Bench]:
         yield Bench(backend, held.enter_context(machine()), held.enter_context(machine()))
 
 
-def report(document: dict[str, Any], wrong: Sequence[Disagreement], rerun: str) -> str:
+def report(case: Case, wrong: Sequence[Disagreement], rerun: str) -> str:
     """What a failing test prints: the policy, some of the packets with everybody's verdict, and how to see it again."""
     shown = "\n".join(map(str, wrong[:8]))
-    return f"{len(wrong)} packets:\n{shown}\n\n{yaml.safe_dump(document, sort_keys=False)}\nagain: {rerun}"
+    before = f"\nin place of\n{yaml.safe_dump(case.before, sort_keys=False)}" if case.before else ""
+    return f"{len(wrong)} packets:\n{shown}\n\n{yaml.safe_dump(case.document, sort_keys=False)}{before}\nagain: {rerun}"

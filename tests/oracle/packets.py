@@ -39,6 +39,11 @@ def members(policy: Resolved, random: Random) -> Members:
     return found
 
 
+def joined(first: Members, second: Members) -> Members:
+    """The members of both."""
+    return {key: tuple(sorted({*first.get(key, ()), *second.get(key, ())})) for key in {**first, **second}}
+
+
 def with_members(policy: Resolved, at_present: Members) -> Resolved:
     """The policy that says at present what its dynamic groups hold: a member counts as if the policy listed it."""
     groups = dict(policy.groups)
