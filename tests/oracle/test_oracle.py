@@ -17,12 +17,15 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from oracle.compare import Bench, Case, bench, read, report
 from oracle.machine import InvalidRun, machine
-from oracle.packets import HOST, packets, with_members
+from oracle.packets import HOST, member_commands, members, packets, with_members
 from oracle.wire import TCP, UDP, Probe, Way
 from property.strategies import HOME, documents, resolved
 
+from fwcompiler.backend import Backend, Saved
+from fwcompiler.foreign import at_present
 from fwcompiler.kernel import runner
 from fwcompiler.lower import lower
+from fwcompiler.proof.ask import ask
 from fwcompiler.proof.meaning import clauses
 from fwcompiler.registry import load
 from fwcompiler.ruleset import State
@@ -176,3 +179,43 @@ def test_the_kernel_calls_packets_what_they_are() -> None:
     with machine() as bare:
         assert bare.ask(probes) == [wanted[p.way] for p in probes]
         assert bare.ask(probes) == [wanted[p.way] for p in probes], "no packet leaves a trace"
+
+
+LISTINGS = 6
+ASKED = 60
+
+
+def saved(backend: Backend) -> list[Saved]:
+    """What an admin would save of this host, in the backend's form."""
+    if backend.set_kind == "nft":
+        commands: tuple[tuple[str, ...], ...] = (("nft", "-j", "list", "table", "inet", "fwc"),)
+    else:
+        variant = backend.name.removeprefix("iptables-")
+        commands = ((f"iptables-{variant}-save",), (f"ip6tables-{variant}-save",), ("ipset", "save"))
+    return [Saved(argv[0], text) for argv in commands if (text := kernelspace.run(argv))]
+
+
+def test_saved_listings_answer_as_the_kernel_does(pair: Bench) -> None:
+    """A listing read as anybody's (`explain --listing`) gives the kernel's verdict, or says `may` where a limit decides."""
+
+    @seed(3)
+    @settings(max_examples=LISTINGS, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(documents(), st.integers(0, 2**32))
+    def run(document: dict[str, Any], number: int) -> None:
+        policy, random = resolved(document), Random(number)
+        who = members(policy, random)
+        probes = packets(with_members(policy, who), random, ASKED)
+        with pair.loaded(lower(policy)) as held, pair.ruled.space.entered():
+            for argv in member_commands(pair.backend.set_kind, "add", held, who):
+                kernelspace.run(argv)
+            everybody = at_present(pair.backend.foreign(saved(pair.backend)))
+            states, verdicts = pair.bare.ask(probes), pair.ruled.ask(probes)
+        for probe, state, through in zip(probes, states, verdicts, strict=True):
+            if state is not None:
+                answer = ask(everybody, probe.packet(state))
+                if answer.verdict == "may":
+                    assert all("limit" in what for what in answer.depends), (answer, probe, state)
+                else:
+                    assert answer.verdict == ("accept" if through else "drop"), (answer, probe, state)
+
+    run()
