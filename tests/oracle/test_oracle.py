@@ -13,10 +13,11 @@ from typing import Any
 import kernelspace
 import pytest
 from cli.harness import BACKENDS
-from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import HealthCheck, example, given, seed, settings
 from hypothesis import strategies as st
 from oracle.compare import Bench, Case, bench, read, report
 from oracle.machine import InvalidRun, machine
+from oracle.mutations import POLICY as WHOLE
 from oracle.packets import HOST, member_commands, members, packets, with_members
 from oracle.wire import TCP, UDP, Probe, Way
 from property.strategies import HOME, documents, resolved
@@ -45,10 +46,16 @@ CLAUSES = {
     "SERVICE names the source",
     "SERVICE does not name the source",
     "SERVICE is open to anywhere",
-    "SERVICE is open to anywhere (on purpose)",
 }
 """What every run must have met, besides all states. ICMP errors over IPv4 are missing: they are related or invalid, so
 other clauses decide them before."""
+
+
+POLICY: dict[str, Any] = {
+    "version": 1,
+    "groups": {"alpha": ["10.0.0.0/28", "2001:db8::/124"]},
+    "services": {"ssh": {"from": ["alpha"]}, "rtp": {"from": "anywhere"}},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -99,6 +106,9 @@ def test_nobody_disagrees(pair: Bench, pytestconfig: pytest.Config) -> None:
     @seed(start)
     @settings(max_examples=policies, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(cases())
+    @example(Case(WHOLE, 1))
+    @example(Case(WHOLE, 2, POLICY))
+    @example(Case(WHOLE, 3))
     def run(case: Case) -> None:
         wrong = pair.try_policy(case, PER_POLICY)
         if wrong:
@@ -111,15 +121,8 @@ def test_nobody_disagrees(pair: Bench, pytestconfig: pytest.Config) -> None:
     assert tally.arrived > 0.7 * tally.sent
     for state in ("new", "established", "related", "invalid", "untracked"):
         assert tally.verdicts[state, "drop"] > 0, state
-        assert tally.verdicts[state, "accept"] > 0, state
+        assert tally.verdicts[state, "accept"] > 0 or state == "invalid", state
     assert set() == CLAUSES - set(tally.clauses)
-
-
-POLICY: dict[str, Any] = {
-    "version": 1,
-    "groups": {"alpha": ["10.0.0.0/28", "2001:db8::/124"]},
-    "services": {"ssh": {"from": ["alpha"]}, "rtp": {"from": "anywhere"}},
-}
 
 
 def planted(name: str) -> tuple[str, ...]:
