@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, cast, get_args
 from fwcompiler.addresses import AddressError, parse_address
 from fwcompiler.diagnostics import UsageError, did_you_mean
 from fwcompiler.listing import HOW, read_listing
+from fwcompiler.neighbours import WholeHost, read_host
 from fwcompiler.pipeline import Host, observe
 from fwcompiler.ports import PortError, parse_ports
-from fwcompiler.proof.ask import Answer, Candidate, ask
+from fwcompiler.proof.ask import Answer, Candidate, Word, ask
 from fwcompiler.proof.describe import packet_text, rule_text
 from fwcompiler.proof.fields import Packet, packet_to
 from fwcompiler.proof.meaning import Explanation
@@ -47,40 +48,68 @@ def packet_from(source: str, to: str, to_addr: str | None, interface: str, state
 
 @dataclass(frozen=True, slots=True)
 class Traced:
-    """What the loaded ruleset does with a packet, beside what the policy says."""
+    """What the host does with a packet, beside what the policy says.
+
+    `decision` is that of our rules, `answer` that of everybody's together (None: there are no others), `host` who they are.
+    """
 
     decision: Decision
     policy: Explanation
+    host: WholeHost
+    answer: Answer | None = None
+
+    @property
+    def verdict(self) -> Word:
+        """What becomes of the packet on this host."""
+        return self.answer.verdict if self.answer else cast("Word", self.decision.verdict)
 
     @property
     def agrees(self) -> bool:
-        """True when both come to the same verdict."""
-        return self.decision.verdict == self.policy.verdict
+        """True when the host does what the policy says."""
+        return self.verdict == self.policy.verdict or (self.verdict == "reject" and self.policy.verdict == "drop")
+
+    @property
+    def stranger(self) -> Candidate | None:
+        """The rule of somebody else's that decides, or may; None where ours do."""
+        if self.answer is None or self.answer.verdict == "accept" == self.decision.verdict:
+            return None
+        verdicts = {"accept": ("accept",), "drop": ("drop",), "reject": ("reject",), "redirect": ("rewrite",)}
+        ends = verdicts.get(self.answer.verdict, ("drop", "reject", "rewrite"))
+        found = [c for c in self.answer.candidates if c.verdict in ends and (c.certain or self.answer.verdict == "may")]
+        theirs = [c for c in found if not self.host.is_ours(c)]
+        return None if not theirs or (self.answer.verdict != "may" and self.host.is_ours(found[0])) else theirs[0]
 
     def reason(self) -> str:
         """The rule that decides."""
+        if self.stranger is not None:
+            depends = f"; depends on {'; '.join(self.answer.depends)}" if self.answer and self.answer.depends else ""
+            return f"{self.host.text(self.stranger)}{depends}"
         where = f"chain {self.decision.chain}" if self.decision.chain else "no chain of ours"
         what = f"{where}: {rule_text(self.decision.rule)}" if self.decision.rule else f"the end of {where}"
         return f"{what}; not understood on the way: {self.decision.unsure}" if self.decision.unsure else what
 
     def as_json(self) -> LiveExplainShape:
         """The shape of `explain --live --json`."""
-        service = self.decision.service
+        service = self.decision.service if self.stranger is None else ""
         return {
-            "verdict": "accept" if self.decision.verdict == "accept" else "reject" if self.decision.verdict == "reject" else "drop",
+            "verdict": self.verdict,
             "service": None if service in BUILT_IN else service or None,
             "reason": self.reason(),
-            "at": str(self.policy.at) if self.policy.at and self.agrees else None,
+            "at": str(self.policy.at) if self.policy.at and self.agrees and self.stranger is None else None,
             "agrees": self.agrees,
+            "by": "fwc" if self.stranger is None else "others",
             "policy": explain_json(self.policy),
+            "not_looked_at": list(self.host.unread),
         }
 
     def text(self) -> str:
-        """One line, and another one where the two part."""
-        line = f"live: {self.decision.verdict}: {self.reason()}"
-        if self.agrees:
-            return line
-        return f"{line}\nhere they part: the policy says {self.policy.verdict}, the loaded rules say {self.decision.verdict}"
+        """One line, another one where the two part, and what was not looked at."""
+        by = " (a rule that is not fwc's)" if self.stranger else ""
+        lines = [f"live: {self.verdict}: {self.reason()}{by}"]
+        if not self.agrees:
+            whose = "the host says" if self.stranger else "the loaded rules say"
+            lines.append(f"here they part: the policy says {self.policy.verdict}, {whose} {self.verdict}")
+        return "\n".join((*lines, *(f"not looked at: {what}" for what in self.host.unread)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +133,7 @@ class Asked:
     def as_json(self) -> ListingExplainShape:
         """The shape of `explain --listing --json`."""
         return {
-            "verdict": self.answer.verdict,
+            "verdict": self.answer.verdict if self.answer.verdict != "redirect" else "accept",
             "service": None,
             "reason": self.reason(),
             "at": self.at(),
@@ -142,9 +171,11 @@ def explain_listing(file: str, packet: Packet) -> Asked:
 
 
 def explain_live(host: Host, packet: Packet, explanation: Explanation) -> Traced:
-    """Send a packet through the listing that the kernel holds now.
+    """Send a packet through everything that the kernel holds now: our rules, and everybody else's on its way.
 
     Raises:
         HostRefused: the kernel cannot be asked.
     """
-    return Traced(trace(observe(host), packet), explanation)
+    live = observe(host)
+    whole = read_host(host, live)
+    return Traced(trace(live, packet), explanation, whole, None if whole.alone else whole.ask(packet))

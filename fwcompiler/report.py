@@ -9,14 +9,13 @@ from fwcompiler.addresses import BITS, EVERYONE, Addresses
 from fwcompiler.diagnostics import Finding
 from fwcompiler.plan import Plan
 from fwcompiler.proof.access import LOOPBACK_ADDRESSES, Access
-from fwcompiler.proof.describe import CounterExample, packet_text
+from fwcompiler.proof.describe import packet_text
 from fwcompiler.proof.meaning import Explanation
 from fwcompiler.resolve import Resolved, ResolvedTest
 
 if TYPE_CHECKING:
     from fwcompiler.shapes import (
         AccessShape,
-        CounterExampleShape,
         CountShape,
         DiffShape,
         ExplainShape,
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
         UncertainShape,
         VerifyShape,
     )
+    from fwcompiler.verify import Verified
 
 MAX_SOURCES = 6
 MAX_LINES = 40
@@ -82,27 +82,40 @@ def explain_json(explanation: Explanation) -> ExplainShape:
     }
 
 
-def verify_json(
-    equal: bool, compared: Sequence[str], problems: Sequence[str], examples: Sequence[CounterExample], sampled: Sequence[str]
-) -> VerifyShape:
+def verify_json(found: Verified) -> VerifyShape:
     """The shape of `verify --json`."""
-    shapes: list[CounterExampleShape] = [
-        {"packets": e.packets, "packet": packet_text(e.packet), "policy": e.policy, "kernel": e.kernel} for e in examples
-    ]
-    return {"equal": equal, "compared": list(compared), "problems": list(problems), "counter_examples": shapes, "sampled": list(sampled)}
+    return {
+        "equal": found.equal,
+        "compared": list(found.compared),
+        "problems": list(found.problems),
+        "counter_examples": [
+            {"packets": e.packets, "packet": packet_text(e.packet), "policy": e.policy, "kernel": e.kernel} for e in found.counter_examples
+        ],
+        "foreign": [
+            {"packets": m.packets, "packet": packet_text(m.packet), "policy": says, "host": m.host, "rule": m.by, "certain": m.certain}
+            for m, says in found.foreign
+        ],
+        "not_looked_at": list(found.unread),
+        "sampled": list(found.sampled),
+    }
 
 
-def verify_text(
-    equal: bool, compared: Sequence[str], problems: Sequence[str], examples: Sequence[CounterExample], sampled: Sequence[str]
-) -> str:
+def verify_text(found: Verified) -> str:
     """What was proven, or what speaks against it with one packet for each."""
-    if equal:
-        but = f"\nsets too big to read were sampled, --full reads them: {', '.join(sampled)}" if sampled else ""
-        return f"proven for all packets: {', '.join(compared)} {'means' if len(compared) == 1 else 'mean'} what the policy says{but}"
-    lines = [*problems]
-    for e in examples:
+    lines = [*found.problems]
+    for e in found.counter_examples:
         lines += [f"{e.packets}", f"  the policy: {e.policy}", f"  the kernel: {e.kernel}", f"  for example {packet_text(e.packet)}"]
-    return "\n".join(lines)
+    if not lines:
+        means = "means" if len(found.compared) == 1 else "mean"
+        lines.append(f"proven for all packets: {', '.join(found.compared)} {means} what the policy says")
+        lines += [f"sets too big to read were sampled, --full reads them: {', '.join(found.sampled)}"] if found.sampled else []
+        if found.foreign:
+            lines.append("but rules that are not fwc's change what becomes of packets:")
+        elif not found.alone:
+            lines.append("rules of others on this host change nothing")
+    for m, says in found.foreign:
+        lines += [m.packets, f"  the policy: {says}", f"  the host: {m.does}: {m.by}", f"  for example {packet_text(m.packet)}"]
+    return "\n".join((*lines, *(f"not looked at: {what}" for what in found.unread)))
 
 
 def tests_json(found: Sequence[tuple[ResolvedTest, str]]) -> TestsShape:

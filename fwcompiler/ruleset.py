@@ -308,14 +308,12 @@ class AddressSet:
 class Ruleset:
     """Everything fwc owns on one host: chains in order of definition, sets by name.
 
-    `bypass` names rules of others by which packets get past ours. `others` names what a reader found among ours that
-    fwc never writes ("map ports"); an apply takes it out.
+    `others` names what a reader found among ours that fwc never writes ("map ports"); an apply takes it out.
     """
 
     chains: tuple[Chain, ...] = ()
     sets: tuple[AddressSet, ...] = ()
     others: tuple[str, ...] = ()
-    bypass: tuple[str, ...] = field(default=(), compare=False)
 
     def chain(self, name: str) -> Chain:
         """The chain of that name.

@@ -131,11 +131,21 @@ class ExplainShape(TypedDict):
     at: str | None
 
 
-class LiveExplainShape(ExplainShape):
-    """`explain --live --json`: what the loaded ruleset does, whether the policy says the same, and what it says."""
+class LiveExplainShape(TypedDict):
+    """`explain --live --json`: what the host does, whether the policy says the same, and what it says.
 
+    `redirect`: a rule sends the packet to another address or port. `may`: it depends on what nobody can tell. `by`: whose rule
+    decides. `not_looked_at`: rules of others that could not be read.
+    """
+
+    verdict: Literal["accept", "drop", "reject", "redirect", "may"]
+    service: str | None
+    reason: str
+    at: str | None
     agrees: bool
+    by: Literal["fwc", "others"]
     policy: ExplainShape
+    not_looked_at: list[str]
 
 
 class ListingExplainShape(TypedDict):
@@ -158,13 +168,33 @@ class CounterExampleShape(TypedDict):
     kernel: str
 
 
+class ForeignShape(TypedDict):
+    """Packets that rules of others take from what the policy says: `host` is what becomes of them, `rule` the rule that decides.
+
+    `certain` is false where it depends on something that nobody can tell.
+    """
+
+    packets: str
+    packet: str
+    policy: str
+    host: Literal["accept", "drop", "reject", "redirect"]
+    rule: str
+    certain: bool
+
+
 class VerifyShape(TypedDict):
-    """`verify --json`: `compared` names the backends whose rules were proven; `problems` what stands in the way."""
+    """`verify --json`: `compared` names the backends whose rules were proven; `problems` what stands in the way.
+
+    `counter_examples` are faults of the rules of fwc, `foreign` what rules of others change; `not_looked_at` names those that
+    could not be read.
+    """
 
     equal: bool
     compared: list[str]
     problems: list[str]
     counter_examples: list[CounterExampleShape]
+    foreign: list[ForeignShape]
+    not_looked_at: list[str]
     sampled: list[str]
 
 
@@ -271,7 +301,8 @@ class PendingShape(TypedDict):
 class StatusShape(TypedDict):
     """`status --json`: `counters` by service and verdict, `drift` what an apply would put right.
 
-    `notes` names rules of others that let packets past ours, and rules of ours in another backend.
+    `notes` names rules of others that change what becomes of packets, those that could not be looked at, and rules of ours in
+    another backend.
 
     `second_reading`: whether python-iptables reads the rules of a legacy host as fwc does: `agrees`, `differs: ...` with the first
     difference, or `not possible: ...` with the reason; None for other backends, and where python-iptables is not installed.

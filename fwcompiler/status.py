@@ -13,8 +13,10 @@ from fwcompiler.kernel import runner
 from fwcompiler.kernel import second_reading as kernel_reading
 from fwcompiler.members import Journal, group_of
 from fwcompiler.membership import member_json, member_lines
+from fwcompiler.neighbours import meddling, read_host
 from fwcompiler.pipeline import Host, applied, is_loaded, observe
 from fwcompiler.plan import make_plan
+from fwcompiler.proof.diagram import StepsExceeded
 from fwcompiler.registry import installed, load
 from fwcompiler.report import counters_json
 from fwcompiler.ruleset import Ruleset
@@ -46,7 +48,7 @@ def read_status(host: Host) -> StatusShape:
         "trial": _trial(host),
         "counters": counters_json(backend.counters(listing)),
         "members": _members(host, live),
-        "notes": [*live.bypass, *_elsewhere(host)],
+        "notes": [*_others(host, live), *_elsewhere(host)],
         "second_reading": _second_reading(host, listing),
     }
 
@@ -84,6 +86,18 @@ def _second_reading(host: Host, listing: Sequence[str]) -> str | None:
         if ours == before:
             return f"differs: {difference}"
     return "not possible: the rules change while they are read"
+
+
+def _others(host: Host, live: Ruleset) -> Iterator[str]:
+    """What rules of others change, and what of them could not be looked at."""
+    if not live:
+        return
+    whole = read_host(host, live)
+    try:
+        yield from map(str, meddling(whole))
+    except StepsExceeded:
+        yield "rules of others are loaded, more than can be decided"
+    yield from (f"not looked at: {what}" for what in whole.unread)
 
 
 def _elsewhere(host: Host) -> Iterator[str]:

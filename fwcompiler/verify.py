@@ -9,9 +9,13 @@ from fwcompiler.backend import Backend
 from fwcompiler.diagnostics import HostRefused
 from fwcompiler.kernel import runner
 from fwcompiler.kernel.observe import READ_WHOLE
+from fwcompiler.neighbours import Meddling, meddling, read_host
 from fwcompiler.pipeline import Compiled, Host, disproof, normal_form, observe
 from fwcompiler.proof.compose import from_ruleset
 from fwcompiler.proof.describe import CounterExample, box_text
+from fwcompiler.proof.diagram import StepsExceeded
+from fwcompiler.proof.fields import Packet
+from fwcompiler.proof.meaning import explain
 from fwcompiler.proof.prove import FAMILIES, differ
 from fwcompiler.registry import installed, load
 from fwcompiler.ruleset import Ruleset
@@ -23,18 +27,22 @@ MAX_SHOWN = 20
 class Verified:
     """What was compared, and what speaks against equality: in words, and as packets.
 
-    `sampled` names sets so big that their content was compared by samples and by the record of the last apply.
+    `sampled` names sets so big that their content was compared by samples and by the record of the last apply. `foreign`: what
+    rules of others change, each with what the policy says; `unread`: rules of others that could not be looked at.
     """
 
     compared: tuple[str, ...]
     problems: tuple[str, ...] = ()
     counter_examples: tuple[CounterExample, ...] = ()
     sampled: tuple[str, ...] = ()
+    foreign: tuple[tuple[Meddling, str], ...] = ()
+    unread: tuple[str, ...] = ()
+    alone: bool = True
 
     @property
     def equal(self) -> bool:
-        """True when everything compared was proven equal for all packets."""
-        return not self.problems and not self.counter_examples
+        """True when everything compared was proven equal for all packets, and nobody else's rules change that."""
+        return not self.problems and not self.counter_examples and not self.foreign
 
 
 def verify_live(compiled: Compiled, host: Host, *, full: bool = False) -> Verified:
@@ -44,7 +52,19 @@ def verify_live(compiled: Compiled, host: Host, *, full: bool = False) -> Verifi
         return Verified((host.backend.name,), (f"{host.backend.name}: nothing of fwc is loaded",))
     big = host.backend.set_kind == "nft" and not full
     sampled = tuple(s.name for s in live.sets if big and len(s.ranges) > READ_WHOLE)
-    return Verified((host.backend.name,), tuple(_strange(live)), disproof(compiled, live), sampled)
+    whole = read_host(host, live)
+    problems = _strange(live)
+    found: list[tuple[Meddling, str]] = []
+    try:
+        found = [(each, _policy_says(compiled, each.packet)) for each in meddling(whole)]
+    except StepsExceeded:
+        problems.append("the rules of others are more than can be decided")
+    return Verified((host.backend.name,), tuple(problems), disproof(compiled, live), sampled, tuple(found), whole.unread, whole.alone)
+
+
+def _policy_says(compiled: Compiled, packet: Packet) -> str:
+    found = explain(compiled.resolved, packet)
+    return f"{found.verdict}: {found.reason}" + (f" ({found.at})" if found.at else "")
 
 
 def _strange(live: Ruleset) -> list[str]:
@@ -52,7 +72,7 @@ def _strange(live: Ruleset) -> list[str]:
     elsewhere = [
         f"chain {c.name} hangs at the hook {c.hook.name}" for c in live.chains if c.hook and c.hook.name not in ("input", "prerouting")
     ]
-    return [*(f"fwc never makes this: {what}" for what in live.others), *live.bypass, *elsewhere]
+    return [*(f"fwc never makes this: {what}" for what in live.others), *elsewhere]
 
 
 def verify_backends(compiled: Compiled) -> Verified:

@@ -82,17 +82,6 @@ class _Table:
     chains: list[str] = field(default_factory=list)
     lines: list[tuple[str, tuple[int, int], list[str]]] = field(default_factory=list)
     alone: bool = True
-    led: set[str] = field(default_factory=set)
-    accepting: list[tuple[str, str]] = field(default_factory=list)
-
-    @property
-    def before(self) -> Iterator[str]:
-        """Rules of built-in chains that accept packets before they come to our jump, as they are printed.
-
-        Where the jump is lost, all of a chain's rules stand before it.
-        """
-        watched = self.led or {"INPUT"}
-        return (text for chain, text in self.accepting if chain in watched)
 
 
 def parse_listing(saves: Sequence[str], sets: str) -> Ruleset:
@@ -115,8 +104,7 @@ def parse_listing(saves: Sequence[str], sets: str) -> Ruleset:
             else:
                 rules.setdefault(neutral_chain(name, table.name), []).append(rule)
     sets_of_ours = tuple(sorted(known.values(), key=lambda s: s.name))
-    bypass = tuple(line for table in found if table.name == "filter" for line in table.before)
-    return Ruleset(tuple(_chains(rules)), sets_of_ours, tuple(sorted(others)), bypass)
+    return Ruleset(tuple(_chains(rules)), sets_of_ours, tuple(sorted(others)))
 
 
 def _chains(rules: Mapping[str, Sequence[Rule]]) -> Iterator[Chain]:
@@ -150,15 +138,10 @@ def _read_tables(save: str, version: int) -> Iterator[_Table]:
 
 def _read_line(table: _Table, match: re.Match[str]) -> None:
     chain, tokens = match[3], tokenize(match[4])
-    built_in, leads = bool(hook_of(table.name, chain)), _leads_to_us(tokens)
-    if chain.startswith(CHAIN_PREFIX) or (built_in and leads):
+    if chain.startswith(CHAIN_PREFIX) or (hook_of(table.name, chain) and _leads_to_us(tokens)):
         table.lines.append((chain, (int(match[1] or 0), int(match[2] or 0)), tokens))
     else:
         table.alone = False
-    if leads:
-        table.led.add(chain)
-    elif built_in and chain not in table.led and re.search(r"(^| )-[jg] ACCEPT\b", match[4]):
-        table.accepting.append((chain, f"IPv{table.version}, before our jump: -A {chain} {match[4]}"))
 
 
 def _leads_to_us(tokens: Sequence[str]) -> bool:

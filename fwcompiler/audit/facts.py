@@ -89,8 +89,8 @@ class Rules:
     nft: int = 0
     """Rules of iptables-nft and tables of nftables."""
     published: tuple[Published, ...] = ()
-    bypass: tuple[str, ...] = ()
-    """Rules before ours in our own tables, and rules of ours in another backend."""
+    meddling: tuple[str, ...] = ()
+    """What rules of others change about packets, each with the rule."""
 
 
 @dataclass(frozen=True, slots=True)

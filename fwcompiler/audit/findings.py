@@ -40,7 +40,7 @@ CODES: dict[str, str] = {
     "redirect": "plain HTTP that does not end at HTTPS",
     "rtp-range": "Asterisk's audio ports and the policy's differ",
     "rtp-values": "a value in rtp.conf that Asterisk replaces without a word",
-    "rules-before": "rules of others that let packets past ours",
+    "rules-before": "rules of others that change what becomes of packets",
     "sip-helper": "the kernel's SIP helper is at work",
     "sip-port": "Asterisk's SIP ports and the policy's differ",
     "strict-rtp": "Asterisk takes audio from any address",

@@ -33,8 +33,10 @@ from fwcompiler.diagnostics import Failure, Finding, PolicyRejected, UsageError
 from fwcompiler.guard import SSH, Visitor, judge, ssh_ports, visitors
 from fwcompiler.kernel import hostfacts, sockets, web
 from fwcompiler.kernel.netns import Namespace
+from fwcompiler.neighbours import meddling, read_host
 from fwcompiler.pipeline import Compiled, Host, plan
 from fwcompiler.plan import Plan
+from fwcompiler.proof.diagram import StepsExceeded
 from fwcompiler.registry import load
 from fwcompiler.report import access_lines
 from fwcompiler.ruleset import Ruleset
@@ -220,8 +222,19 @@ class _Gatherer:
         mine: dict[int, Ranges] = {v: merged((a.address, a.address) for a in own or () if a.version == v) for v in (4, 6)}
         found = [p for source, ruleset in _rulesets(filters) for p in published(ruleset, mine, source)]
         unique = {(p.protocol, p.span, p.to): p for p in reversed(found)}
-        bypass = live.bypass if live is not None else ()
-        return Rules(filters.legacy_rules(), filters.nft_rules(), tuple(reversed(unique.values())), bypass)
+        return Rules(filters.legacy_rules(), filters.nft_rules(), tuple(reversed(unique.values())), self._meddling(live))
+
+    def _meddling(self, live: Ruleset | None) -> tuple[str, ...]:
+        """What rules of others change about packets; published ports are told by themselves."""
+        host = self._host
+        if live is None or host is None:
+            return ()
+        whole = self._try("rules of others", lambda: read_host(host, live))
+        try:
+            return tuple(str(each) for each in meddling(whole) if each.host != "redirect") if whole else ()
+        except StepsExceeded:
+            self.left_out.append("rules of others: they are more than can be decided")
+            return ()
 
     def _plan(self) -> Plan | None:
         host = self._host

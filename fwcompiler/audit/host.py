@@ -48,8 +48,8 @@ def _rules(rules: Rules) -> Iterator[Issue]:
         message = f"{ports} is handed on to {each.to} by {each.by}, before this policy is asked: whoever reaches the host reaches it"
         remedy = f"publish it on one address only (`127.0.0.1:{each.span[0]}:…`), or filter it where it is forwarded (docker: DOCKER-USER)"
         yield Issue("docker-bypass", "error", message, place=ports, remedy=remedy)
-    for line in rules.bypass:
-        yield Issue("rules-before", "warning", line, place="packet filter", remedy="`fwc status` shows it; take the rule out")
+    for line in rules.meddling:
+        yield Issue("rules-before", "warning", line, place="packet filter", remedy="if that is not meant, take the rule out")
     if rules.legacy and rules.nft:
         message = (
             f"{rules.legacy} rules of iptables-legacy are in force beside nftables: every packet passes both, and each tool shows half"

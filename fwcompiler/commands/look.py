@@ -82,7 +82,10 @@ def verify(
     policy: PolicyFile,
     full: Annotated[bool, typer.Option("--full", help="Read every set whole, whatever its size.")] = False,
 ) -> int:
-    """Prove that the live rules mean what the policy says; with `--backend all`, that all backends would load the same."""
+    """Prove that the live rules mean what the policy says, and that nobody else's rules change it.
+
+    With `--backend all`: prove that all backends would load the same.
+    """
     from fwcompiler.report import verify_json, verify_text
     from fwcompiler.verify import verify_backends, verify_live
 
@@ -94,9 +97,9 @@ def verify(
         with chosen_host(options) as host:
             verified = verify_live(compiled, host, full=full)
     if options.json:
-        print_json(verify_json(verified.equal, verified.compared, verified.problems, verified.counter_examples, verified.sampled))
+        print_json(verify_json(verified))
     elif not options.quiet or not verified.equal:
-        print(verify_text(verified.equal, verified.compared, verified.problems, verified.counter_examples, verified.sampled))
+        print(verify_text(verified))
     return EXIT_OK if verified.equal else EXIT_DIFFERS
 
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 
 from fwcompiler.addresses import LAST, LOOPBACK, MULTICAST, Ranges, intersect, merged, subtract
 from fwcompiler.proof.conditions import fits, outs
-from fwcompiler.proof.diagram import ACCEPT, ELSEWHERE, Diagrams
+from fwcompiler.proof.diagram import ACCEPT, DROP, ELSEWHERE, REJECT, Diagrams
 from fwcompiler.proof.host import WAYS, HostProgram, Masks, Stage, place_in, rewrite, stages
 from fwcompiler.proof.rewrite import choice, relabel
-from fwcompiler.proof.space import DESTINATION, SOURCE, Condition, Space
+from fwcompiler.proof.space import DESTINATION, INTERFACE, SOURCE, Condition, Space
 from fwcompiler.proof.usual import usual
 from fwcompiler.ruleset import Ruleset, Translate
 
@@ -26,18 +26,37 @@ REWRITTEN = "the connection was rewritten at "
 class World:
     """What a host's rules do not say: its own addresses by family, and through which interface it sends to an address.
 
-    `own` None: nobody knows. `out` returns the empty string where it does not know.
+    A family without `own` addresses is one of which nobody knows them. `out` returns the empty string where it does not know.
     """
 
-    own: Mapping[int, Ranges] | None = None
+    own: Mapping[int, Ranges] = field(default_factory=dict)
     out: Callable[[int, int], str] = field(default=lambda _version, _address: "")
+
+    def own_of(self, version: int) -> Ranges:
+        """The host's addresses, those of the loopback interface included; empty where nobody knows."""
+        own = self.own.get(version, ())
+        return own if subtract(own, (LOOPBACK[version],)) else ()
 
     def destinations(self, version: int) -> Ranges:
         """Addresses at which the host may be reached by a packet that is meant for it alone."""
-        if self.own is not None:
-            return subtract(self.own.get(version, ()), (LOOPBACK[version],))
+        own = self.own_of(version)
+        if own:
+            return subtract(own, (LOOPBACK[version],))
         broadcast = ((0, 0), (LAST[4], LAST[4])) if version == 4 else ((0, 0),)
         return subtract(((0, LAST[version]),), merged((LOOPBACK[version], MULTICAST[version], *broadcast)))
+
+    def usual(self, version: int) -> tuple[Condition, ...]:
+        """What holds for packets that somebody else sends to the host alone."""
+        loopback = (LOOPBACK[version],)
+        return (
+            Condition(INTERFACE, frozenset(("lo",)), negated=True),
+            Condition(DESTINATION, self.destinations(version)),
+            Condition(SOURCE, loopback, negated=True),
+        )
+
+    def out_to(self, version: int, ranges: Ranges) -> str:
+        """The interface towards the one address there is; empty for several."""
+        return self.out(version, ranges[0][0]) if len(ranges) == 1 and ranges[0][0] == ranges[0][1] else ""
 
 
 def told(atom: str) -> Condition | bool | None:
@@ -56,10 +75,14 @@ class Arrivals(HostProgram):
         """Every condition, for making the space."""
         for stage in (*self.stages, *self.through):
             yield from stage.conditions()
-        yield Condition(DESTINATION, self.world.destinations(self.version))
+        yield from self.world.usual(self.version)
         for stage in self.stages:
             for each in stage.translations.values():
                 yield Condition(SOURCE, atom=_own_text(each))
+
+    def diagram(self, diagrams: Diagrams, space: Space) -> int:
+        """What becomes of every packet; whether one that is not let in hears of it makes no difference here."""
+        return relabel(diagrams, HostProgram.diagram(self, diagrams, space), {REJECT: DROP})
 
     def _masks(self, space: Space) -> Masks:
         return place_in(space, told)
@@ -67,13 +90,15 @@ class Arrivals(HostProgram):
     def _translated(self, number: int, translation: Translate, rests: Sequence[int], diagrams: Diagrams, space: Space) -> int:
         stage = self.stages[number]
         inside = rewrite(diagrams, space, translation, rests[self._behind_nat(number) - number - 1], stage.hook)
-        if stage.hook != "prerouting" or translation.side == "source" or translation.here or not translation.ranges:
+        if stage.hook != "prerouting" or translation.side == "source":
             return inside
-        own = self.world.own
-        if own is not None and not subtract(translation.ranges, own.get(self.version, ())):
+        if translation.ports:
+            inside = relabel(diagrams, inside, {ACCEPT: ELSEWHERE})
+        own = self.world.own_of(self.version)
+        if translation.here or not translation.ranges or (own and not subtract(translation.ranges, own)):
             return inside
         through = self._through(number, translation, diagrams, space)
-        if own is not None and not intersect(translation.ranges, own.get(self.version, ())):
+        if own and not intersect(translation.ranges, own):
             return through
         local = space.place(Condition(SOURCE, atom=_own_text(translation)))[0]
         return choice(diagrams, local, 2, inside, through)
@@ -82,13 +107,9 @@ class Arrivals(HostProgram):
         """What happens to a packet that got a destination elsewhere: the rest of prerouting, then the forward hook."""
         last = self._behind_nat(number)
         behind = tuple(s for s in self.through if s.hook != "prerouting" or s.base in {each.base for each in self.stages[last:]})
-        program = _Through({}, (), self.version, behind, self._out(translation))
+        program = _Through({}, (), self.version, behind, self.world.out_to(self.version, translation.ranges))
         after = rewrite(diagrams, space, translation, program.diagram(diagrams, space), "prerouting")
         return relabel(diagrams, after, {ACCEPT: ELSEWHERE})
-
-    def _out(self, translation: Translate) -> str:
-        low, high = translation.ranges[0]
-        return self.world.out(self.version, low) if len(translation.ranges) == 1 and low == high else ""
 
 
 @dataclass(frozen=True, slots=True)

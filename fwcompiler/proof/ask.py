@@ -18,15 +18,16 @@ from typing import Literal, cast
 
 from fwcompiler.addresses import LAST, LOOPBACK, MULTICAST, Ranges, covers, intersect, merged, subtract
 from fwcompiler.foreign import BROADCAST, FRAGMENT, LOCAL
+from fwcompiler.proof.arrive import World, told
 from fwcompiler.proof.conditions import fits
-from fwcompiler.proof.diagram import ACCEPT, DROP, REJECT, RETURN, VERDICTS, Diagrams, StepsExceeded
+from fwcompiler.proof.diagram import ACCEPT, DROP, ELSEWHERE, REJECT, RETURN, VERDICTS, Diagrams, StepsExceeded
 from fwcompiler.proof.fields import Packet
 from fwcompiler.proof.host import UNTRACKED, WAYS, Masks, Stage, stages
 from fwcompiler.proof.rewrite import choice, graft, reachable, relabel
 from fwcompiler.proof.space import DESTINATION, FIRST_ATOM, INTERFACE, NAMES, PORT, PROTOCOL, SOURCE, SOURCE_PORT, STATE, TYPE, Condition
 from fwcompiler.ruleset import HookName, Rule, Ruleset, Translate
 
-Word = Literal["accept", "drop", "reject", "may"]
+Word = Literal["accept", "drop", "reject", "redirect", "may"]
 Hook = Literal["input", "forward", "output"]
 SPARE = 300
 """Atoms kept for what is not known of rewritten packets."""
@@ -67,15 +68,16 @@ class _Seen:
     by: str = ""
 
 
-def ask(ruleset: Ruleset, packet: Packet, hook: Hook = "input", out: str = "") -> Answer:
+def ask(ruleset: Ruleset, packet: Packet, hook: Hook = "input", out: str = "", world: World | None = None) -> Answer:
     """What the whole host does with one packet that arrives for it, passes through it (`out`: where to) or leaves it.
 
-    For one that leaves, `packet.interface` is the output interface.
+    For one that leaves, `packet.interface` is the output interface. ``world``: what is known of the host beside its rules; the packet
+    is a usual one then, and one that is accepted with another destination or port ends in `redirect`.
     """
     before = sys.getrecursionlimit()
     try:
         sys.setrecursionlimit(max(before, 20_000))
-        asking = _Asking(ruleset, packet.version, [*((out,) if out else ())])
+        asking = _Asking(ruleset, packet.version, [*((out,) if out else ())], world)
         return asking.answer(_Seen(packet, hook, out))
     except (StepsExceeded, RecursionError):
         return Answer("may", frozenset(("accept", "drop", "reject")), ("more than can be followed",))
@@ -103,11 +105,11 @@ class _Atoms:
 
 
 class _Asking:
-    def __init__(self, ruleset: Ruleset, version: int, outs: Sequence[str]) -> None:
+    def __init__(self, ruleset: Ruleset, version: int, outs: Sequence[str], world: World | None) -> None:
         from fwcompiler.proof.conditions import ordered
         from fwcompiler.proof.conditions import outs as outs_of
 
-        self._ruleset = ruleset
+        self._ruleset, self._world = ruleset, world
         self._ways = {hook: stages(ruleset, version, way, ordered((*outs_of(ruleset), *outs))) for hook, way in WAYS.items()}
         names = {c.atom for way in self._ways.values() for s in way for c in s.conditions() if c.atom}
         self._atoms = _Atoms(most=len(names) + SPARE)
@@ -171,26 +173,48 @@ class _Asking:
         after = _rewrite(seen, translation, stage.hook)
         if stage.hook != "prerouting" or translation.side == "source":
             return self._from(number + 1, after)
-        if translation.here:
-            return self._from(number + 1, replace(after, hook="input", out=""))
-        if not translation.ranges:
-            return self._from(number + 1, after)
-        inside = self._from(number + 1, replace(after, hook="input", out=""))
-        through = self._from(number + 1, replace(after, hook="forward", out=seen.out if seen.hook == "forward" else ""))
+        if not translation.here and not translation.ranges:
+            return self._moved(self._from(number + 1, after), translation)
+        inside = self._moved(self._from(number + 1, replace(after, hook="input", out="")), translation)
+        own = self._world.own_of(seen.packet.version) if self._world else ()
+        if translation.here or (own and not subtract(translation.ranges, own)):
+            return inside
+        out = self._world.out_to(seen.packet.version, translation.ranges) if self._world else ""
+        through = self._from(number + 1, replace(after, hook="forward", out=seen.out if seen.hook == "forward" else out))
+        if self._world:
+            through = relabel(self._diagrams, through, {ACCEPT: ELSEWHERE})
+        if own and not intersect(translation.ranges, own):
+            return through
         local = self._atoms.number(f"the new destination is the host's own, after {translation.text}")
         return choice(self._diagrams, local, 2, inside, through)
+
+    def _moved(self, node: int, translation: Translate) -> int:
+        """The end of a packet that stays on the host; at another port it does not reach what it was sent to."""
+        return relabel(self._diagrams, node, {ACCEPT: ELSEWHERE}) if self._world and translation.ports else node
 
     def _masks(self, conditions: Iterable[Condition], seen: _Seen) -> Mapping[int, int] | None:
         """The atoms that conditions ask about; None where the packet does not fit."""
         found: dict[int, int] = {}
         for condition in conditions:
-            truth = _fact(condition.atom, seen) if condition.atom else _holds(condition, seen)
+            truth = self._fact(condition.atom, seen) if condition.atom else _holds(condition, seen)
             if truth is None:
                 number = self._atoms.number(condition.atom or _unknown_text(condition, seen))
                 found[number] = found.get(number, 3) & (1 if condition.negated else 2)
             elif truth == condition.negated:
                 return None
         return found if all(found.values()) else None
+
+    def _fact(self, atom: str, seen: _Seen) -> bool | None:
+        """What the question says about an atom, or what is taken for granted."""
+        fact = _fact(atom, seen)
+        if fact is not None or self._world is None:
+            return fact
+        if atom.startswith("destination type ") and (seen.hook != "input" or DESTINATION in seen.unknown):
+            return None
+        known = told(atom)
+        if isinstance(known, Condition):
+            return _holds(known, seen)
+        return known
 
     def _note(self, stage: Stage, seen: _Seen, *, last: bool) -> None:
         """Collect the rules that may decide, in order, up to the first that does for certain."""

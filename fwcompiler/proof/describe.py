@@ -132,7 +132,7 @@ def box_text(space: Space, box: Box, groups: Mapping[str, Ranges] | None = None)
     if STATE in masks and set(USUAL_STATES) - set(space.names(STATE, masks[STATE])):
         rest.append(f"state {' or '.join(space.names(STATE, masks[STATE]))}")
     if INTERFACE in masks and masks[INTERFACE] != space.everything(INTERFACE) & ~_interface(space, "lo"):
-        rest.append(f"interface {' or '.join(space.names(INTERFACE, masks[INTERFACE]))}")
+        rest.append(_interfaces(space, masks[INTERFACE]))
     if SOURCE_PORT in masks:
         rest.append(f"from port {_numbers(space.ranges(SOURCE_PORT, masks[SOURCE_PORT]))}")
     rest += [_given_text(name, holds) for name, holds in assumed(space, box).items()]
@@ -146,6 +146,14 @@ def _given_text(name: str, holds: bool) -> str:
     if member:
         return f"{member[1]} is {'a' if holds else 'no'} dynamic member of {member[2]}"
     return f"{'if' if holds else 'unless'} {name}"
+
+
+def _interfaces(space: Space, mask: int) -> str:
+    """`interface eth0 or eth1`, or which ones it is not where it may be any other."""
+    names = space.names(INTERFACE, mask)
+    if OTHER_INTERFACE not in names:
+        return f"interface {' or '.join(names)}"
+    return f"any interface but {' and '.join(space.names(INTERFACE, space.everything(INTERFACE) & ~mask))}"
 
 
 def _interface(space: Space, name: str) -> int:

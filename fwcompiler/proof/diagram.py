@@ -17,8 +17,8 @@ from operator import or_, xor
 
 ACCEPT, DROP, REJECT, RETURN = -1, -2, -3, -4
 ELSEWHERE = -5
-"""Accepted, but not for this host: a rule gave the packet another destination, and it is sent on."""
-VERDICTS = {ACCEPT: "accept", DROP: "drop", REJECT: "reject", ELSEWHERE: "send on"}
+"""Accepted, but not where it was sent to: a rule gave the packet another destination or port."""
+VERDICTS = {ACCEPT: "accept", DROP: "drop", REJECT: "reject", ELSEWHERE: "redirect"}
 NO_CHAIN = -1
 STEPS = 20_000_000
 MANY = 12

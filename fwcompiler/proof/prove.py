@@ -10,7 +10,20 @@ from dataclasses import dataclass
 from fwcompiler.proof.compose import Program, from_clauses, from_ruleset
 from fwcompiler.proof.diagram import STEPS, VERDICTS, Diagrams, StepsExceeded
 from fwcompiler.proof.meaning import Clause
-from fwcompiler.proof.space import DESTINATION, FIRST_ATOM, INTERFACE, PORT, PROTOCOL, SOURCE, SOURCE_PORT, STATE, TYPE, Space, make_space
+from fwcompiler.proof.space import (
+    DESTINATION,
+    FIRST_ATOM,
+    INTERFACE,
+    PORT,
+    PROTOCOL,
+    SOURCE,
+    SOURCE_PORT,
+    STATE,
+    TYPE,
+    Condition,
+    Space,
+    make_space,
+)
 from fwcompiler.ruleset import Ruleset
 
 FAMILIES = (4, 6)
@@ -61,8 +74,10 @@ def prove(clauses: Sequence[Clause], ruleset: Ruleset) -> tuple[Difference, ...]
     return tuple(d for d in found if d is not None)
 
 
-def differ(first: Program, second: Program, version: int) -> Difference | None:
+def differ(first: Program, second: Program, version: int, within: Sequence[Condition] = ()) -> Difference | None:
     """Where two programs of one family differ, or None where they are equal for all packets and all atoms.
+
+    ``within``: what holds for the packets that are asked about, in values that the programs' conditions name.
 
     Raises:
         StepsExceeded: beyond what can be decided.
@@ -74,7 +89,13 @@ def differ(first: Program, second: Program, version: int) -> Difference | None:
             return None
         differing = _Differing(diagrams)
         boxes: list[Box] = []
-        left = whole = differing.between(roots[0], roots[1])
+        left = differing.between(roots[0], roots[1])
+        for number, inside in map(space.place, within):
+            outside = space.everything(number) & ~inside
+            left = differing.without(left, Box({number: outside}, 0, 0)) if outside else left
+        if left == AGREE:
+            return None
+        whole = left
         while left != AGREE and len(boxes) < MAX_BOXES:
             box = differing.widened(whole, *differing.path(left))
             boxes.append(box)

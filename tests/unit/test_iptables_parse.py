@@ -170,13 +170,6 @@ class TestAround:
         assert ruleset.chain("raw/x").rules == (Rule((Family(4),), Goto("raw/service.a")),)
         assert ruleset.chain("x").rules == (Rule((Family(4),), Final.DROP),)
 
-    def test_bypass(self) -> None:
-        """What accepts before our jump is named, for a built-in chain that leads to us."""
-        jump, accept = "[0:0] -A INPUT -j FWC-x", "[0:0] -A {} -p tcp -j ACCEPT"
-        lines = (accept.format("INPUT"), jump, accept.format("INPUT"), accept.format("FORWARD"), "[0:0] -A FWC-x -j DROP")
-
-        assert parse_listing((save(*lines), ""), "").bypass == ("IPv4, before our jump: -A INPUT -p tcp -j ACCEPT",)
-
     def test_nothing(self) -> None:
         """No output at all, and tables without anything of ours, are an empty ruleset."""
         assert not parse_listing(("", ""), "")

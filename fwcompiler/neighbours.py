@@ -1,0 +1,228 @@
+"""The whole host: our rules and everybody else's, and what the others change about packets that are sent to it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal, cast
+
+from fwcompiler.backend import Saved
+from fwcompiler.foreign import at_present, together
+from fwcompiler.kernel import everyone, routes
+from fwcompiler.pipeline import Host
+from fwcompiler.proof.arrive import World, arrivals
+from fwcompiler.proof.ask import Answer, Candidate, ask
+from fwcompiler.proof.conditions import ordered, outs
+from fwcompiler.proof.describe import box_text, example, rule_text
+from fwcompiler.proof.fields import Packet
+from fwcompiler.proof.prove import FAMILIES, differ
+from fwcompiler.proof.space import FIRST_ATOM, SOURCE, Space
+from fwcompiler.registry import load
+from fwcompiler.ruleset import Ruleset
+
+TABLE, PREFIX = "inet fwc", "FWC-"
+"""What is ours, by its name in nftables and by the first letters of chains in iptables."""
+
+
+End = Literal["accept", "drop", "reject", "redirect"]
+VERBS: Mapping[End, str] = {"accept": "accepts", "drop": "drops", "reject": "rejects", "redirect": "redirects"}
+
+
+@dataclass(frozen=True, slots=True)
+class Meddling:
+    """Packets that our rules alone would treat otherwise than the whole host does, one of them, and the rule that decides.
+
+    `certain` is False where it depends on something that nobody can tell.
+    """
+
+    packets: str
+    packet: Packet
+    ours: End
+    host: End
+    by: str
+    certain: bool
+
+    def __str__(self) -> str:
+        return f"{self.packets}: fwc {VERBS[self.ours]} them, but the host {self.does}: {self.by}"
+
+    @property
+    def does(self) -> str:
+        """What the host does, as a verb."""
+        return f"{VERBS[self.host]} them" if self.certain else f"perhaps {VERBS[self.host]} them"
+
+
+@dataclass(frozen=True)
+class WholeHost:
+    """Everybody's rules as they are now. `unread`: what of them could not be looked at. `ours`: without anybody else's."""
+
+    ours: Ruleset
+    rules: Ruleset
+    world: World
+    unread: tuple[str, ...] = ()
+    texts: Mapping[tuple[str, int], tuple[str, str]] = field(default_factory=dict)
+    """By file and line of a rule's origin: where it stands, and its text as its program prints it."""
+
+    @property
+    def alone(self) -> bool:
+        """True where nobody else's rules can change anything."""
+        names = {c.name for c in self.ours.chains}
+        return not any(c.rules or (c.hook and c.hook.policy == "drop") for c in self.rules.chains if c.name not in names)
+
+    def ask(self, packet: Packet) -> Answer:
+        """What becomes of a packet that is sent to the host."""
+        return ask(at_present(self.rules), packet, world=self.world)
+
+    def is_ours(self, candidate: Candidate) -> bool:
+        """True for a rule of fwc's, and for the call that leads to ours."""
+        return any(c.name == candidate.chain for c in self.ours.chains)
+
+    def text(self, candidate: Candidate) -> str:
+        """Where a rule stands and what it says, as its own program prints it."""
+        where = place_text(candidate.chain)
+        if candidate.rule is None:
+            return f"{where}: the policy of the chain, {candidate.verdict}"
+        at = candidate.rule.origin
+        known = self.texts.get((at.file, at.line)) if at else None
+        return f"{known[0] if known else where}: {known[1] if known else rule_text(candidate.rule)}"
+
+
+def place_text(name: str) -> str:
+    """A chain's name in words: ``inet/f2b-table/f2b-chain`` is ``table inet f2b-table, chain f2b-chain``."""
+    label, _, plain = name.rpartition(":")
+    *table, chain = plain.split("/")
+    where = f"table {' '.join(table)}, chain {chain}" if table else f"chain {chain}"
+    return f"{label} {where}" if label else where
+
+
+def read_host(host: Host, ours: Ruleset) -> WholeHost:
+    """Everybody's rules in a host's namespace, with `ours` in their place among them.
+
+    Raises:
+        HostRefused: this user may not ask.
+    """
+    nftables = host.backend.set_kind == "nft"
+    with host.namespace.entered():
+        found = everyone.read_everyone(TABLE if nftables else "", PREFIX)
+        own = {version: routes.own_addresses(version) for version in FAMILIES}
+        texts = dict(_texts(found))
+    unread = list(found.unread)
+    rules = ours if nftables else Ruleset()
+    for backend, saved in (("nftables", found.nft), *((f"iptables-{v}", s) for v, s in found.iptables.items())):
+        if not saved:
+            continue
+        mine = ours if backend == host.backend.name and not nftables else None
+        try:
+            theirs = load(backend).foreign(saved, mine)
+        except ValueError as error:
+            unread.append(f"{backend}: {error}")
+            continue
+        theirs = at_present(theirs, but=frozenset(s.name for s in ours.sets) if mine else frozenset())
+        rules = together(rules, theirs, f"{backend}:")
+        unread += [f"{backend}: {what}" for what in theirs.others]
+    if not nftables and not any(c in rules.chains for c in ours.chains):
+        rules = together(ours, rules)
+    return WholeHost(ours, rules, World(own, Router(host)), tuple(unread), texts)
+
+
+@dataclass(frozen=True)
+class Router:
+    """Asks the host's routing, once for an address."""
+
+    host: Host
+    known: dict[tuple[int, int], str] = field(default_factory=dict)
+
+    def __call__(self, version: int, address: int) -> str:
+        """The interface towards an address."""
+        key = (version, address)
+        if key not in self.known:
+            with self.host.namespace.entered():
+                self.known[key] = routes.out_interface(version, address)
+        return self.known[key]
+
+
+def _texts(found: everyone.Everyone) -> Iterator[tuple[tuple[str, int], tuple[str, str]]]:
+    """Every rule of others by its origin. What nft prints is asked chain by chain."""
+    for variant, saved in found.iptables.items():
+        for each in saved:
+            table = ""
+            for number, line in enumerate(each.text.splitlines(), 1):
+                table = line[1:].strip() if line.startswith("*") else table
+                if line.startswith("-A "):
+                    yield (each.file, number), (f"{each.file}, table {table}" if variant == "legacy" else each.file, line)
+    for each in found.nft:
+        yield from _nft_texts(each)
+
+
+def _nft_texts(saved: Saved) -> Iterator[tuple[tuple[str, int], tuple[str, str]]]:
+    printed: dict[str, dict[int, str]] = {}
+    rules = [item["rule"] for item in json.loads(saved.text)["nftables"] if "rule" in item]
+    for number, rule in enumerate(rules, 1):
+        table, chain = f"{rule['family']} {rule['table']}", rule["chain"]
+        if chain not in printed:
+            printed[chain] = everyone.rule_texts(table, chain)
+        text = printed[chain].get(rule["handle"])
+        if text:
+            yield (saved.file, number), (f"table {table}, chain {chain}", text)
+
+
+def meddling(host: WholeHost) -> tuple[Meddling, ...]:
+    """What everybody else's rules change about packets that are sent to the host; nothing: proven for all usual packets.
+
+    Raises:
+        StepsExceeded: the rules are beyond what can be decided.
+    """
+    return () if host.alone else tuple(_meddling(host))
+
+
+def _meddling(host: WholeHost) -> Iterator[Meddling]:
+    """One for each rule, and end of packets, that makes a difference; new connections before others."""
+    found = sorted((each for version in FAMILIES for each in _boxes(host, version)), key=lambda m: m.packet.state != "new")
+    shown: set[tuple[str, int]] = set()
+    for each in found:
+        if each.packet.state == "new" or (each.by, each.packet.version) not in shown:
+            yield each
+        shown.add((each.by, each.packet.version))
+
+
+def _boxes(host: WholeHost, version: int) -> Iterator[Meddling]:
+    names = ordered((*outs(host.ours), *outs(host.rules)))
+    ours, whole = (arrivals(rules, version, host.world, names) for rules in (host.ours, host.rules))
+    usual = host.world.usual(version)
+    difference = differ(ours, whole, version, within=usual)
+    if difference is None:
+        return
+    space = difference.space
+    free = dict(map(space.place, usual))
+    for box in difference.boxes:
+        shown = replace(box, masks=_shown(space, box.masks, free))
+        packet = example(space, box)
+        by = decider(host, packet, box.verdicts[1])
+        certain = not any(number >= FIRST_ATOM for number in box.masks)
+        ours_says, host_says = cast("tuple[End, End]", box.verdicts)
+        yield Meddling(box_text(space, shown), packet, ours_says, host_says, by, certain)
+
+
+def _shown(space: Space, masks: Mapping[int, int], usual: Mapping[int, int]) -> dict[int, int]:
+    """The masks of a box less what goes without saying; loopback addresses are not asked about, so they may fill a gap."""
+    shown = {n: m for n, m in masks.items() if m != usual.get(n)}
+    if SOURCE in shown:
+        wide = shown[SOURCE] | space.everything(SOURCE) & ~usual[SOURCE]
+        if len(space.ranges(SOURCE, wide)) < len(space.ranges(SOURCE, shown[SOURCE])):
+            shown[SOURCE] = wide
+    return shown
+
+
+def decider(host: WholeHost, packet: Packet, verdict: str) -> str:
+    """The rule of somebody else's that gives a packet this end, in words."""
+    found = deciding(host, host.ask(packet), verdict)
+    return host.text(found) if found else "a rule of others"
+
+
+def deciding(host: WholeHost, answer: Answer, verdict: str) -> Candidate | None:
+    """The candidate that an end comes from: the first certain one, else the first that may; a new destination before all."""
+    ends = ("drop", "reject") if verdict in ("drop", "reject") else ("rewrite",)
+    theirs = [c for c in answer.candidates if c.verdict in ends and not host.is_ours(c)]
+    moved = [c for c in answer.candidates if c.verdict == "rewrite" and not host.is_ours(c)]
+    chosen = sorted(theirs, key=lambda c: not c.certain) or moved
+    return chosen[0] if chosen else None
