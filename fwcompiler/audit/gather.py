@@ -225,13 +225,14 @@ class _Gatherer:
         return Rules(filters.legacy_rules(), filters.nft_rules(), tuple(reversed(unique.values())), self._meddling(live))
 
     def _meddling(self, live: Ruleset | None) -> tuple[str, ...]:
-        """What rules of others change about packets; published ports are told by themselves."""
+        """What rules of others change about packets, one example a rule; published ports are told by themselves."""
         host = self._host
         if live is None or host is None:
             return ()
         whole = self._try("rules of others", lambda: read_host(host, live))
         try:
-            return tuple(str(each) for each in meddling(whole) if each.host != "redirect") if whole else ()
+            found = meddling(whole) if whole else ()
+            return tuple({each.by: str(each) for each in reversed(found) if each.host != "redirect"}.values())
         except StepsExceeded:
             self.left_out.append("rules of others: they are more than can be decided")
             return ()

@@ -123,6 +123,7 @@ PLANTED = {
     ("peer-name", "note"),
     ("redirect", "error"),
     ("rtp-range", "error"),
+    ("rules-before", "warning"),
     ("rtp-range", "warning"),
     ("strict-rtp", "warning"),
     ("two-variants", "warning"),
@@ -244,7 +245,7 @@ def test_the_text_says_where_and_what_to_do(host: Host) -> None:
     assert re.search(r"^  remedy: strictrtp=yes$", ran.out, re.M)
     assert re.search(r"^carriers +yes +yes +yes +yes +- +-$", ran.out, re.M)
     assert re.search(r"^tcp/443 +dialer1.example.net +-10$", ran.out, re.M)
-    assert re.search(r"^policy.yaml: 9 errors, 12 warnings, [0-9] notes?$", ran.out, re.M)
+    assert re.search(r"^policy.yaml: 9 errors, 13 warnings, [0-9] notes?$", ran.out, re.M)
     assert "1234" not in ran.out
 
 
