@@ -21,6 +21,7 @@ from fwcompiler.ruleset import Ruleset
 from fwcompiler.state import StateDir
 
 if TYPE_CHECKING:
+    from fwcompiler.kernel.watch import Watch
     from fwcompiler.trial import Starter
 
 
@@ -71,9 +72,10 @@ def _put_into_force(pending: Path, compiled: Compiled | None, plan: Plan, host: 
     before = load(plan.replaces) if plan.replaces else None
     generation = trial.begin(pending, plan) if trial else None
     found = plan.live
+    said: tuple[str, ...] = ()
     try:
         if plan.steps:
-            _execute(plan, host)
+            said = _execute(plan, host)
             found = _verify(compiled, plan, host)
     except BaseException:
         if trial:
@@ -82,7 +84,7 @@ def _put_into_force(pending: Path, compiled: Compiled | None, plan: Plan, host: 
         raise
     if generation is None:
         generation = _recorded(pending, plan, host)
-    notes = (*reconcile(host, found), *_end_connections(plan, found, host))
+    notes = (*said, *reconcile(host, found), *_end_connections(plan, found, host))
     if before is not None:
         try:
             _take_out(before, host.namespace)
@@ -111,17 +113,51 @@ def _end_connections(plan: Plan, found: Ruleset, host: Host) -> tuple[str, ...]:
     return (failed,) if failed else ()
 
 
-def _execute(plan: Plan, host: Host) -> None:
-    """Run the steps. One that fails behind the one that commits leaves the new rules: then the old ones come back."""
+class Stale(HostRefused):
+    """Somebody changed our rules after the plan was made: carrying it out would overwrite that unseen."""
+
+
+def _execute(plan: Plan, host: Host) -> tuple[str, ...]:
+    """Run the steps, unless somebody changed our rules since they were planned. Returns what there is to say about others' changes.
+
+    A step that fails behind the one that commits leaves the new rules: then the old ones come back.
+    """
     try:
-        with host.namespace.entered():
+        with host.namespace.entered(), runner.undisturbed(host.backend.set_kind) as watch:
+            _refuse_stale(plan, host)
             runner.execute(plan.steps)
+            return _others(plan, watch)
+    except Stale:
+        raise
     except HostRefused as refused:
         if make_plan(host.backend, observe(host), plan.live).in_sync:
             raise
         _return(plan, host)
         said = refused.message.removesuffix(runner.UNCHANGED)
         raise RolledBack(f"{said}; the previous ruleset was restored", refused.findings) from refused
+
+
+def _refuse_stale(plan: Plan, host: Host) -> None:
+    """Look once more, right before the commit. Others' tables change all the time, and concern nobody here.
+
+    Raises:
+        Stale: our rules are no longer those that the plan starts from.
+    """
+    if plan.seen is not None and plan.seen == runner.generation_id():
+        return
+    if observe(host) != plan.live:
+        hint = "`fwc status` shows what differs; run it again"
+        raise Stale("somebody changed the rules of fwc since this was planned; nothing was changed", hint=hint)
+
+
+def _others(plan: Plan, watch: Watch | None) -> tuple[str, ...]:
+    """Whether somebody else's transaction on our table came between the last look and the end of ours."""
+    heard = watch.heard() if watch else None
+    own = runner.transactions(plan.steps)
+    if heard is None or len(heard) <= own:
+        return ()
+    who = " and ".join(dict.fromkeys(t.process for t in heard))
+    return (f"somebody else changed table inet fwc during this apply ({who}); the rules in force are those of the policy",)
 
 
 def _record(compiled: Compiled, wanted: NormalForm, backend: Backend, proven: bool, note: Note) -> Record:

@@ -79,6 +79,17 @@ def compile_policy(path: str, *, host: str | None = None, tests: bool = True) ->
     return _compile(path, *_read(path), host, tests=tests)
 
 
+def is_outdated(compiled: Compiled, since: float) -> bool:
+    """True where a file of a policy was written after that moment (seconds since the epoch), or is gone: it was read before the lock
+    was had, and somebody may have waited for his turn with an older text.
+    """
+    files = (*compiled.files(), *(each.file for _, each in compiled.resolved.lists()))
+    try:
+        return any(os.stat(file).st_ctime > since for file in files)  # noqa: PTH116
+    except OSError:
+        return True
+
+
 def compile_all(path: str, *, tests: bool = True) -> tuple[Compiled, ...]:
     """The policy for every host that it names, in its order; for the one it is for, where it names none.
 
@@ -195,16 +206,26 @@ def observe(host: Host, known: Mapping[str, Ranges] | None = None) -> Ruleset:
         return replace(listed, sets=tuple(kernel.fill_in(backend.set_kind, s, known) for s in listed.sets))
 
 
+def generation_id(host: Host) -> int | None:
+    """The number of the kernel's present ruleset, which every transaction raises; None where what we load is not all covered by it."""
+    if host.backend.set_kind != "nft":
+        return None
+    netns.require_host()
+    with host.namespace.entered():
+        return runner.generation_id()
+
+
 def plan(compiled: Compiled, host: Host, *, proof: bool = True) -> tuple[Plan, NormalForm]:
     """Everything an apply would do, with nothing done yet."""
     refuse_shrinking(compiled.resolved, host.state)
     # The host first: trying rules out without root moves this process into a namespace of its own.
+    seen = generation_id(host)
     live = observe(host)
     before = previous(host)
     wanted = normal_form(compiled, host.backend, proof=proof)
     now = time.time()
     filled = with_members(wanted.ruleset, Journal(host.state.path).standing(now), now)
-    return replace(make_plan(host.backend, live, filled), replaces=before.name if before else ""), wanted
+    return replace(make_plan(host.backend, live, filled), replaces=before.name if before else "", seen=seen), wanted
 
 
 def plan_recorded(host: Host, number: int) -> Plan:
@@ -214,6 +235,7 @@ def plan_recorded(host: Host, number: int) -> Plan:
         HostRefused: it is damaged, or the kernel does not take it any more.
     """
     backend = host.backend
+    seen = generation_id(host)
     live = observe(host)
     before = previous(host)
     try:
@@ -224,7 +246,7 @@ def plan_recorded(host: Host, number: int) -> Plan:
         listing = runner.try_out(backend.load(known), backend.listing())
     now = time.time()
     wanted = with_members(with_contents(backend.parse(listing), known), Journal(host.state.path).standing(now), now)
-    return replace(make_plan(backend, live, wanted), replaces=before.name if before else "")
+    return replace(make_plan(backend, live, wanted), replaces=before.name if before else "", seen=seen)
 
 
 def compare_with(compiled: Compiled, host: Host, against: str, *, proof: bool = True) -> Plan:

@@ -19,6 +19,7 @@ class Plan:
 
     `replaces` names another backend whose rules are in force and go once these are. `of_others`: `live` is not all that was
     compared; rules that fwc did not write take part, and `access` is about the whole host. `notes`: what to know about it.
+    `seen`: the number that the kernel gave the ruleset when `live` was read, where it gives numbers.
     """
 
     live: Ruleset
@@ -28,6 +29,7 @@ class Plan:
     replaces: str = ""
     of_others: bool = False
     notes: tuple[str, ...] = ()
+    seen: int | None = None
 
     @property
     def in_sync(self) -> bool:

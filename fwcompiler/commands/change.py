@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import sys
+import time
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -28,8 +30,13 @@ from fwcompiler.diagnostics import EXIT_DIFFERS, EXIT_OK
 from fwcompiler.records import Note
 
 if TYPE_CHECKING:
+    from fwcompiler.apply import Applied
     from fwcompiler.pipeline import Compiled, Host
     from fwcompiler.plan import Plan
+    from fwcompiler.trial import Starter
+
+PLANS = 3
+"""How often an apply plans while somebody else keeps changing our rules."""
 
 
 @app.command()
@@ -78,6 +85,49 @@ def _compared(compiled: Compiled, host: Host, against: list[str], *, proof: bool
     return compare_with_listing(compiled, host, listing, proof=proof)
 
 
+@dataclass(frozen=True)
+class _Change:
+    """A policy about to be put into force, and what was said about it on the command line."""
+
+    compiled: Compiled
+    host: Host
+    options: Options
+    yes: bool
+    allow_lockout: bool
+    proof: bool
+    note: Note
+
+    def carried_out(self, trial: Starter | None) -> tuple[Applied, Plan]:
+        """Plan, show, ask, commit; all of it again where somebody changed our rules in between, since nobody saw that change.
+
+        Raises:
+            HostRefused: they do not hold still.
+        """
+        from fwcompiler import apply as stage
+        from fwcompiler.pipeline import plan
+
+        for attempt in range(1, PLANS + 1):
+            planned, wanted = plan(self.compiled, self.host, proof=self.proof)
+            note = self._shown(planned)
+            try:
+                return stage.apply(self.compiled, planned, wanted, self.host, proof=self.proof, note=note, trial=trial), planned
+            except stage.Stale as stale:
+                if attempt == PLANS:
+                    raise
+                print(f"note: {stale.message.partition(';')[0]}; planning anew", file=sys.stderr)
+        raise AssertionError
+
+    def _shown(self, planned: Plan) -> Note:
+        note = replace(self.note, changes=access_words(planned, self.compiled))
+        if planned.in_sync:
+            return note
+        note = replace(note, lockout=knock(planned, self.compiled, self.host, self.options, allow=self.allow_lockout))
+        if not self.options.json:
+            show_plan(planned, self.compiled, self.options)
+        ask(self.yes, "apply this?")
+        return note
+
+
 @app.command()
 def apply(
     context: typer.Context,
@@ -91,11 +141,11 @@ def apply(
     no_proof: NoProof = False,
 ) -> int:
     """Put a policy into force: check, try, show the difference, commit in one transaction, read back."""
-    from fwcompiler import apply as stage
-    from fwcompiler.pipeline import plan
+    from fwcompiler.pipeline import is_outdated, plan
     from fwcompiler.trial import settle
 
     options: Options = context.obj
+    started = time.time()
     compiled = compiled_policy(policy, options)
     proof = proof_wanted(no_proof)
     seconds = trial_time(confirm)
@@ -109,14 +159,10 @@ def apply(
         must_ask(yes)
         with host.state.lock(f"apply {policy}"):
             settle(host)
-            planned, wanted = plan(compiled, host, proof=proof)
-            note = Note(reason, trial=seconds, changes=access_words(planned, compiled))
-            if not planned.in_sync:
-                note = replace(note, lockout=knock(planned, compiled, host, options, allow=allow_lockout))
-                if not options.json:
-                    show_plan(planned, compiled, options)
-                ask(yes, "apply this?")
-            applied = stage.apply(compiled, planned, wanted, host, proof=proof, note=note, trial=starter(host, seconds, options))
+            if is_outdated(compiled, started):
+                compiled = compiled_policy(policy, options)
+            change = _Change(compiled, host, options, yes, allow_lockout, proof, Note(reason, trial=seconds))
+            applied, planned = change.carried_out(starter(host, seconds, options))
         return finish(applied, planned, host, options, wait)
 
 

@@ -21,6 +21,7 @@ Bytes = bytes | bytearray | memoryview
 
 NETLINK_NETFILTER = 12
 SOL_NETLINK = 270
+NETLINK_ADD_MEMBERSHIP = 1
 NETLINK_CAP_ACK = 10  # an error carries the header of the message it is about, not all of its 64 KiB
 NETLINK_EXT_ACK = 11  # ... and the kernel's text and the place in the message
 SO_SNDBUFFORCE = 32  # asm-generic/socket.h; these two are missing from the socket module
@@ -223,6 +224,31 @@ class Channel:
         if not all(first + n in answers for n in range(len(parts))):
             raise Unacknowledged(errno.ENODATA, "the kernel did not answer every request")
         return [answers[first + n] for n in range(len(parts))]
+
+    def join(self, group: int) -> None:
+        """Hear what the kernel tells a multicast group.
+
+        Raises:
+            NetlinkError: it does not let us.
+        """
+        try:
+            self._socket.bind((0, 0))  # what has no address joins, and hears nothing
+            self._socket.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, group)
+        except OSError as error:
+            raise _from_os(error) from error
+
+    def events(self) -> Iterator[Reply]:
+        """What was heard so far.
+
+        Raises:
+            NetlinkError: there was more than the socket has room for, and some of it is lost.
+        """
+        try:
+            while True:
+                yield from self._receive(socket.MSG_DONTWAIT)
+        except NetlinkError as error:
+            if error.errno != errno.EAGAIN:
+                raise
 
     def dump(self, kind: int, family: int, *parts: Bytes) -> list[bytes]:
         """All entries of a listing, taken anew when the ruleset changed half-way.

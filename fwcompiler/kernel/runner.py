@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from typing import cast
 
@@ -16,6 +17,7 @@ from fwcompiler.addresses import Ranges
 from fwcompiler.backend import Command, Do, Fill, SetKind, Step
 from fwcompiler.diagnostics import Finding, HostRefused, Position, Unavailable
 from fwcompiler.kernel import ipset, nftset
+from fwcompiler.kernel.watch import Watch, watching, xtables_locked
 
 UNCHANGED = "; nothing was changed"
 PACKAGES = {"nft": "nftables", "ipset": "ipset"}
@@ -74,7 +76,7 @@ def run(command: Command) -> str:
         text=True,
         errors="surrogateescape",  # comments in other people's rules are bytes
         check=False,
-        env={**os.environ, "PATH": os.pathsep.join(search_path()), "LC_ALL": "C"},
+        env={**os.environ, "PATH": os.pathsep.join(search_path()), "LC_ALL": "C", **_told},
     )
     if result.returncode == 0:
         return result.stdout
@@ -156,6 +158,38 @@ def execute(steps: Sequence[Step]) -> None:
         raise
 
 
+_told: dict[str, str] = {}
+"""What programs are told in their environment besides ours."""
+
+
+@contextmanager
+def undisturbed(kind: SetKind) -> Iterator[Watch | None]:
+    """Keep others away from the rules for the length of a block, as far as the kernel lets us, and hear what they do.
+
+    nftables has no lock, but tells every transaction: the watch hears them. iptables-legacy has a lock, which is held here;
+    iptables-nft and ipset take none, so what they do between a look and the commit is not noticed.
+
+    Raises:
+        HostRefused: somebody holds the lock for long.
+    """
+    if kind == "nft":
+        with watching() as watch:
+            yield watch
+        return
+    with xtables_locked() as told:
+        _told.update(told)
+        try:
+            yield None
+        finally:
+            _told.clear()
+
+
+def transactions(steps: Sequence[Step]) -> int:
+    """How many transactions of nf_tables :func:`execute` makes of steps."""
+    groups = groupby(steps, key=lambda s: isinstance(s.do, Fill) and s.do.kind == "nft")
+    return sum(1 if together else len(list(group)) for together, group in groups)
+
+
 def _undo(undo: Sequence[Do], error: BaseException) -> None:
     """Put back what was done, the last step first."""
     failed: list[str] = []
@@ -191,6 +225,14 @@ def read_members(kind: SetKind, name: str, version: int) -> tuple[tuple[int, int
     if kind == "nft":
         return nftset.members(name, version)
     return tuple((address, None if left is None else left * 1000) for address, left in ipset.members(name))
+
+
+def generation_id() -> int | None:
+    """The number that nf_tables gives its present ruleset; None where it cannot be asked."""
+    try:
+        return nftset.generation()
+    except HostRefused:
+        return None
 
 
 def holds(kind: SetKind, name: str, version: int, address: int) -> bool:
