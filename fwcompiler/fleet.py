@@ -42,7 +42,7 @@ class ResolvedHost:
 
     def all(self) -> Addresses:
         """All of its addresses."""
-        return Addresses.of(*(((a, a) for v, a in self.addresses if v == version) for version in (4, 6)))
+        return Addresses.of(((a, a) for v, a in self.addresses if v == 4), ((a, a) for v, a in self.addresses if v == 6))
 
     def first(self, version: int) -> int | None:
         """Its first address of a family."""

@@ -66,7 +66,10 @@ def rtp(policy: Resolved, facts: Facts) -> Iterator[Issue]:
     text = f"udp/{port_text((taken.first, taken.last))}"
     missing, idle = subtract(used, opened), subtract(own, used)
     where = service.at if service else Position(configuration.file, 1)
+    chunk = policy.plan.chunk(policy.host.name) if policy.plan and policy.host else None
     remedy = f"`rtp: {{ports: {port_text((taken.first, taken.last))}}}`, or `rtpstart` and `rtpend` in {configuration.file}"
+    if chunk:
+        remedy = f"rtpstart={chunk[0]} and rtpend={chunk[1]} in {configuration.file}: what the edge sends to this host"
     if missing:
         ports = ", ".join(port_text(r) for r in missing)
         message = f"Asterisk uses {text} for audio ({taken.at}), and the policy does not open {ports}: calls there stay silent"

@@ -27,6 +27,8 @@ class Audit:
 
     path: str
     name: str
+    host: str
+    """The host of a policy for several that this is about; empty otherwise."""
     facts: Facts
     issues: tuple[Issue, ...]
     matrix: Matrix
@@ -54,6 +56,7 @@ def audit(compiled: Compiled, facts: Facts) -> Audit:
     return Audit(
         compiled.path,
         policy.name,
+        policy.host.name if policy.host else "",
         facts,
         in_order(_issues(compiled, facts)),
         matrix(policy),
@@ -103,13 +106,13 @@ def audit_json(found: Audit, fail_on: str) -> AuditShape:
     return {
         "policy": found.path,
         "name": found.name,
-        "host": found.facts.name,
+        "host": found.host or found.facts.name,
         "at": found.facts.now.isoformat(timespec="seconds"),
         "ok": not found.fails(fail_on),
         "counts": {"error": found.count("error"), "warning": found.count("warning"), "note": found.count("note")},
         "findings": [issue_json(issue) for issue in found.issues],
         "exposure": [
-            {"who": row.who, "size": row.size, "reaches": dict(zip((s.name for s in found.matrix.services), row.cells, strict=True))}
+            {"who": row.who, "size": row.size, "reaches": dict(zip((c.label for c in found.matrix.columns), row.cells, strict=True))}
             for row in found.matrix.rows
         ],
         "ports": [

@@ -34,16 +34,35 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
+class Column:
+    """A service of this host, or one that it forwards to another (`on`)."""
+
+    service: ResolvedService
+    on: str = ""
+
+    @property
+    def label(self) -> str:
+        """`sip`, or `sip → dialer1`."""
+        return f"{self.service.name} → {self.on}" if self.on else self.service.name
+
+    @property
+    def public(self) -> bool:
+        """Open to anywhere."""
+        return self.service.groups is None
+
+
+@dataclass(frozen=True, slots=True)
 class Matrix:
     """Who × service, from the policy alone."""
 
-    services: tuple[ResolvedService, ...]
+    columns: tuple[Column, ...]
     rows: tuple[Row, ...]
 
 
 def matrix(policy: Resolved) -> Matrix:
     """The internet first, then every group that is named somewhere; exact for the fixed addresses of each."""
-    services = policy.services
+    columns = (*map(Column, policy.services), *(Column(f.service, f.host.name) for f in (policy.edge.forwards if policy.edge else ())))
+    services = tuple(column.service for column in columns)
     trusted = policy.addresses(policy.trust)
     reaching = tuple(policy.addresses(s.groups) | trusted if s.groups is not None else None for s in services)
     blocked = policy.addresses(policy.block.groups) - policy.addresses(policy.block.excepted) if policy.block else Addresses()
@@ -52,7 +71,7 @@ def matrix(policy: Resolved) -> Matrix:
     for group in policy.groups.values():
         cells = tuple(_reach(policy, s, group.name, group.addresses - blocked, known) for s, known in zip(services, reaching, strict=True))
         rows.append(Row(group.name, _size(group.addresses, dynamic=group.dynamic), cells, group.dynamic))
-    return Matrix(services, tuple(rows))
+    return Matrix(columns, tuple(rows))
 
 
 def _reach(policy: Resolved, service: ResolvedService, name: str, unblocked: Addresses, known: Addresses | None) -> Reach:

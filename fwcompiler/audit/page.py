@@ -18,10 +18,9 @@ from fwcompiler.audit.svg import drawing
 if TYPE_CHECKING:
     from fwcompiler.audit.audit import Audit
     from fwcompiler.audit.certificates import Shown
-    from fwcompiler.audit.exposure import Reach, Row
+    from fwcompiler.audit.exposure import Column, Reach, Row
     from fwcompiler.audit.facts import Severity
     from fwcompiler.audit.findings import Issue
-    from fwcompiler.resolve import ResolvedService
 
 _CELL: dict[Reach, tuple[str, str]] = {"all": ("●", "yes"), "some": ("◐", "some"), "none": ("–", "no")}
 _YEAR = 365
@@ -30,7 +29,7 @@ MOST_LINES = 40
 
 def page(found: Audit) -> str:
     """The whole page."""
-    title = f"Firewall audit of {found.name or found.facts.name}"
+    title = f"Firewall audit of {found.host or found.name or found.facts.name}"
     body = "\n".join(
         (
             _head(found, title),
@@ -72,8 +71,9 @@ _SENTENCES: dict[Severity | None, str] = {
 def _head(found: Audit, title: str) -> str:
     worst = _worst(found)
     when = f"{found.facts.now:%d %B %Y, %H:%M} UTC"
+    sub = (*((found.name,) if found.host and found.name else ()), found.facts.name, when)
     return (
-        f"<header>\n<h1>{escape(title)}</h1>\n<p class=sub>{escape(found.facts.name)} · {escape(when)}</p>\n"
+        f"<header>\n<h1>{escape(title)}</h1>\n<p class=sub>{escape(' · '.join(sub))}</p>\n"
         f'<p class="verdict {worst or "good"}">{_SENTENCES[worst]}</p>\n</header>'
     )
 
@@ -91,14 +91,14 @@ def _tiles(found: Audit) -> str:
     )
     days = [s.certificate.days_left(found.facts.now) for s in found.certificates]
     soonest = ("–", "") if not days else (f"{min(days)} days", _urgency(min(days)))
-    public = sum(s.groups is None for s in found.matrix.services)
+    public = sum(column.public for column in found.matrix.columns)
     tiles = [
         (str(found.count("error")), "errors", "error" if found.count("error") else "good"),
         (str(found.count("warning")), "warnings", "warning" if found.count("warning") else "good"),
         (str(found.count("note")), "notes", ""),
         (rules[0], "live rules", rules[1]),
         (soonest[0], "next certificate", soonest[1]),
-        (f"{public} of {len(found.matrix.services)}", "services open to anywhere", ""),
+        (f"{public} of {len(found.matrix.columns)}", "services open to anywhere", ""),
     ]
     cells = "\n".join(f'<li class="{kind}"><b>{escape(value)}</b><span>{escape(label)}</span></li>' for value, label, kind in tiles)
     return f"<ul class=tiles>\n{cells}\n</ul>"
@@ -128,9 +128,9 @@ def _prose(text: str) -> str:
 
 
 def _matrix(found: Audit) -> str:
-    if not found.matrix.services:
+    if not found.matrix.columns:
         return "<p class=none>The policy opens nothing.</p>"
-    head = "".join(map(_service, found.matrix.services))
+    head = "".join(map(_column, found.matrix.columns))
     rows = "\n".join(map(_row, found.matrix.rows))
     legend = "● every address of the group · ◐ some of them · – none. Services with a coloured head are open to anywhere."
     return (
@@ -139,9 +139,9 @@ def _matrix(found: Audit) -> str:
     )
 
 
-def _service(service: ResolvedService) -> str:
-    kind = ' class="open"' if service.groups is None else ""
-    return f"<th scope=col{kind}>{escape(service.name)}<small>{escape(', '.join(service.port_texts()))}</small></th>"
+def _column(column: Column) -> str:
+    kind = ' class="open"' if column.public else ""
+    return f"<th scope=col{kind}>{escape(column.label)}<small>{escape(', '.join(column.service.port_texts()))}</small></th>"
 
 
 def _row(row: Row) -> str:
@@ -155,7 +155,7 @@ def _row(row: Row) -> str:
 
 def _exposed(found: Audit) -> str:
     """Reasons for what is open though it is not public by nature."""
-    reasons = [f"<b>{escape(s.name)}</b>: {escape(s.expose)}" for s in found.matrix.services if s.expose and s.groups is None]
+    reasons = [f"<b>{escape(c.label)}</b>: {escape(c.service.expose)}" for c in found.matrix.columns if c.service.expose and c.public]
     return f"<p>Open to anywhere for a reason: {'; '.join(reasons)}.</p>" if reasons else ""
 
 

@@ -142,7 +142,8 @@ def _external(
     policy: Resolved, facts: Facts, configuration: Configuration, external: list[Setting], services: list[ResolvedService]
 ) -> Iterator[Issue]:
     own = Addresses.of(facts.own(4), facts.own(6))
-    edge = policy.plan.host.all() if policy.plan and policy.host in policy.plan.dialers else NOBODY
+    edge = policy.plan.host if policy.plan and policy.host and policy.host.name in (d.name for d in policy.plan.dialers) else None
+    outside = edge.all() - PRIVATE if edge else NOBODY
     public = own - PRIVATE
     if not external:
         if own.v4 and not public.v4 and _beyond(policy, services):
@@ -158,9 +159,9 @@ def _external(
             yield Issue("external-address", "note", message, setting.at)
             continue
         address = parse_address(found.host)
-        if edge - PRIVATE and address not in edge:
-            message = f"`{setting.name}` is {found.host}, and this host is reached through `{policy.plan.host.name if policy.plan else ''}`"
-            remedy = f"an address of the edge: {', '.join((edge - PRIVATE).texts())}"
+        if edge and outside and address not in outside:
+            message = f"`{setting.name}` is {found.host}, and this host is reached through `{edge.name}`"
+            remedy = f"an address of the edge: {', '.join(outside.texts())}"
             yield Issue("external-address", "error", message, setting.at, remedy=remedy)
         elif facts.addresses is not None and address not in own and public.family(address[0]):
             others = ", ".join(address_text(address[0], low) for low, _ in public.family(address[0]))

@@ -35,10 +35,13 @@ def drawing(lanes: Sequence[Lane]) -> str:
     parts: list[str] = []
     y = float(TOP)
     for lane in lanes:
-        labels = list(_labels(lane.bars))
+        beside = _beside(lane.bars)
+        labels = [] if beside else list(_labels(lane.bars))
         levels = max((label.level for label in labels), default=-1) + 1
         parts += [f'<text x="0" y="{y + 14:.0f}">{escape(lane.title)}</text>', *(_bar(bar, y) for bar in lane.bars)]
         parts += [line for label in labels for line in _label(label, y)]
+        if beside:
+            parts.append(f'<text x="{_x(beside.span[1]) + 8:.1f}" y="{y + 14:.0f}">{escape(beside.text())}</text>')
         y += BAR + levels * LINE + (6 if levels else 0) + GAP
     body = "\n".join((*_axis(y), *parts))
     summary = escape("; ".join(f"{lane.title}: {', '.join(bar.text() for bar in lane.bars)}" for lane in lanes))
@@ -72,6 +75,13 @@ def _bar(bar: Bar, y: float) -> str:
     if not _fits(bar):
         return shape
     return f'{shape}<text class="inside" x="{x + width / 2:.1f}" y="{y + 14:.0f}" text-anchor="middle">{escape(bar.text())}</text>'
+
+
+def _beside(bars: Sequence[Bar]) -> Bar | None:
+    """The only bar of a lane, where its label does not fit into it but behind it."""
+    if len(bars) != 1 or _fits(bars[0]) or _x(bars[0].span[1]) + 8 + len(bars[0].text()) * LETTER > WIDTH:
+        return None
+    return bars[0]
 
 
 def _labels(bars: Sequence[Bar]) -> Iterator[_Label]:

@@ -45,7 +45,7 @@ def _printable(text: str) -> str:
 
 
 def _matrix(found: Audit, color: bool) -> str:
-    heading = ("who", *(s.name for s in found.matrix.services))
+    heading = ("who", *(c.label for c in found.matrix.columns))
     return table_text(heading, [(row.who, *(_CELLS[c] for c in row.cells)) for row in found.matrix.rows], color=color)
 
 

@@ -31,7 +31,7 @@ def test_the_matrix_is_exact(tmp_path: Path) -> None:
     text = HEAD + "trust: [admins]\nblock: {from: [bad]}\nservices:\n  sip: {from: [carriers, agents]}\n  https: {from: anywhere}\n"
     found = matrix(compiled(tmp_path, text).resolved)
 
-    assert [s.name for s in found.services] == ["sip", "https"]
+    assert [c.label for c in found.columns] == ["sip", "https"]
     assert {row.who: row.cells for row in found.rows} == {
         "anywhere": ("none", "all"),
         "carriers": ("all", "all"),
