@@ -232,7 +232,7 @@ MUTATIONS = (
     Mutation("accept added", added('@carriers.v4 .*"sip"', "accept"), ("v6", added("-A FWC-s.sip", "-A FWC-s.sip -j ACCEPT"))),
     Mutation(
         "base chain added that drops",
-        sub("chain input", "chain early { type filter hook input priority -10; policy drop; }\nchain input"),
+        sub("chain input", "chain first { type filter hook input priority -10; policy drop; }\nchain input"),
         ("v4", added("-A FWC-input", "-A FWC-input -j DROP")),
     ),
     Mutation(
@@ -261,7 +261,7 @@ MUTATIONS = (
     ),
     Mutation(
         "base chain added that accepts",
-        sub("chain input", "chain early { type filter hook input priority -10; policy accept; }\nchain input"),
+        sub("chain input", "chain first { type filter hook input priority -10; policy accept; }\nchain input"),
         ("v4", added("-A FWC-s.ssh", "-A FWC-s.rtp -j ACCEPT")),
         same={"nft": "an accept in one base chain goes on to the next", "iptables": "the chain accepts every packet anyhow"},
     ),
