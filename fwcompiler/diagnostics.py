@@ -58,6 +58,7 @@ CODES: dict[str, str] = {
     "include-cycle": "a file that includes itself",
     "interface": "a name that cannot be that of an interface",
     "kernel": "the kernel refused the rules",
+    "limit": "a limit by source on a group that is never limited, or with a rate that cannot be held",
     "list-shrink": "a list that lost more than half of its addresses since the last apply",
     "local-ports": "a restricted service on ports from which the host opens its own connections",
     "lock-out": "somebody who is logged in could not log in any more",

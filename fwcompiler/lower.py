@@ -7,16 +7,20 @@ whoever is taken out of a group is cut off at once; public ones after it, so tha
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import get_args
 
 from fwcompiler.addresses import LOOPBACK, Addresses
 from fwcompiler.diagnostics import Position
+from fwcompiler.options import ResolvedLimit
 from fwcompiler.ports import PROTOCOLS
 from fwcompiler.resolve import Resolved, ResolvedGroup, ResolvedService
 from fwcompiler.ruleset import (
     AddressSet,
     Chain,
+    Family,
     Final,
+    ForHost,
     Goto,
     Hook,
     InRanges,
@@ -24,16 +28,21 @@ from fwcompiler.ruleset import (
     Interface,
     Limit,
     Match,
+    OverLimit,
     PortIn,
     ProtocolIs,
     Rule,
     Ruleset,
+    SetDscp,
     Side,
     StateIn,
     TypeIn,
+    Untrack,
 )
 
 FAMILIES = (4, 6)
+RAW, MANGLE = -300, -150
+"""Priorities before connection tracking, and of marks (include/uapi/linux/netfilter_ipv4.h)."""
 LOG_PREFIX = "fwc drop: "
 
 ICMP_ERRORS = (3, 11, 12)
@@ -61,8 +70,9 @@ def lower(policy: Resolved) -> Ruleset:
         Rule((LOG_LIMIT,), None, log_prefix=LOG_PREFIX),
         Rule((), Final.DROP, "other"),
     )
-    chains = tuple(_service_chain(s, policy) for s in (*early, *late))
-    return Ruleset((*chains, Chain("input", rules, Hook("input"))), tuple(_sets(policy)))
+    services = tuple(_service_chain(s, policy) for s in (*early, *late))
+    aside = (*early_chains(policy), *_untracked(policy), *_marks(policy))
+    return Ruleset((*services, *aside, Chain("input", rules, Hook("input"))), tuple(_sets(policy)))
 
 
 def chain_name(service: ResolvedService) -> str:
@@ -130,12 +140,100 @@ def _dispatch(services: Iterable[ResolvedService]) -> Iterator[Rule]:
 
 
 def _service_chain(service: ResolvedService, policy: Resolved) -> Chain:
+    """Groups without a limit come first: a source that is in one of them as well is not limited."""
+    name, at, limit = service.name, service.at, service.options.limit("anywhere")
     if service.groups is None:
-        rules: tuple[Rule, ...] = (Rule((), Final.ACCEPT, service.name, origin=service.at),)
-    else:
-        accepts = _accept_groups(policy, service.groups, service.name, service.at)
-        rules = (*accepts, Rule((), Final.DROP, service.name, origin=service.at))
-    return Chain(chain_name(service), rules)
+        rules: tuple[Rule, ...] = (Rule((), Final.ACCEPT, name, origin=at),)
+        if limit:
+            over = (Rule((*_counted(service), _over(service, limit, v)), Final.DROP, name, origin=limit.at) for v in FAMILIES)
+            rules = (*_accept_groups(policy, policy.named, name, at), *over, *rules)
+        return Chain(chain_name(service), rules)
+    free = [g for g in service.groups if service.options.limit(g) is None]
+    limited = (rule for g in service.groups if (each := service.options.limit(g)) for rule in _limited(policy, service, each))
+    return Chain(chain_name(service), (*_accept_groups(policy, free, name, at), *limited, Rule((), Final.DROP, name, origin=at)))
+
+
+def _limited(policy: Resolved, service: ResolvedService, limit: ResolvedLimit) -> Iterator[Rule]:
+    """Set after set, so that no packet is counted twice."""
+    for version in FAMILIES:
+        for set_name in _set_names(policy.groups[limit.group], version):
+            member = InSet("source", set_name, version)
+            yield Rule((member, *_counted(service), _over(service, limit, version)), Final.DROP, service.name, origin=limit.at)
+            yield Rule((member,), Final.ACCEPT, service.name, origin=service.at)
+
+
+def _counted(service: ResolvedService) -> tuple[Match, ...]:
+    """Over UDP every packet counts, over TCP every new connection."""
+    return (StateIn(frozenset(("new",))),) if service.ports[0].protocol == "tcp" else ()
+
+
+def _over(service: ResolvedService, limit: ResolvedLimit, version: int) -> OverLimit:
+    return OverLimit(version, f"{service.name}.{limit.group}", limit.rate, limit.per, limit.burst)
+
+
+def early_chains(policy: Resolved) -> Iterator[Chain]:
+    """Drops before connection tracking, where a drop costs less and makes no entry: blocked sources, and strangers to signalling.
+
+    Only what `input` would drop as well, so that nothing depends on this chain. The media, most of a dialer's packets, pay one
+    look at the port. Packets that are not for this host are not ours to drop. What goes on is counted at `input`.
+    """
+    strangers = [s for s in policy.services if s.early and s.kind == "restricted" and any(p.protocol == "udp" for p in s.ports)]
+    rules = (
+        *_media(policy),
+        Rule((Interface("in", "lo"),), Final.ACCEPT),
+        *(replace(r, matches=(*r.matches, ForHost())) for r in _block(policy)),
+        *(
+            Rule((PortIn("destination", "udp", span),), Goto(early_name(s)), origin=s.at)
+            for s in strangers
+            for p in s.ports
+            if p.protocol == "udp"
+            for span in p.ranges
+        ),
+    )
+    if policy.block is None and not strangers and not any(s.options.bypass for s in policy.services):
+        return
+    for service in strangers:
+        known = _accept_groups(policy, dict.fromkeys((*policy.trust, *(service.groups or ()))), "", service.at)
+        yield Chain(early_name(service), (*known, Rule((ForHost(),), Final.DROP, service.name, origin=service.at)))
+    yield Chain("early", rules, Hook("prerouting", RAW, "accept"))
+
+
+def early_name(service: ResolvedService) -> str:
+    """Name of the chain that drops strangers to a service early."""
+    return f"early.{service.name}"
+
+
+def _media(policy: Resolved) -> Iterator[Rule]:
+    for service in policy.services:
+        if service.name == "rtp":
+            for match in _port_matches(service, "destination"):
+                if service.options.bypass:
+                    yield Rule((match,), Untrack(), origin=service.at)
+                yield Rule((match,), Final.ACCEPT, origin=service.at)
+
+
+def _untracked(policy: Resolved) -> Iterator[Chain]:
+    """The other way of media that connection tracking leaves alone."""
+    rules = [Rule((m,), Untrack(), origin=s.at) for s in policy.services if s.options.bypass for m in _port_matches(s, "source")]
+    if rules:
+        yield Chain("untracked", tuple(rules), Hook("output", RAW, "accept"))
+
+
+def _marks(policy: Resolved) -> Iterator[Chain]:
+    """Marks on what this host sends from a service's ports. A changed mark may change the route, hence the kind."""
+    rules = [
+        Rule((Family(version), match), SetDscp(service.options.dscp), origin=service.at)
+        for service in policy.services
+        if service.options.dscp is not None
+        for match in _port_matches(service, "source")
+        for version in FAMILIES
+    ]
+    if rules:
+        yield Chain("marks", tuple(rules), Hook("output", MANGLE, "accept", "route"))
+
+
+def _port_matches(service: ResolvedService, side: Side) -> Iterator[PortIn]:
+    yield from (PortIn(side, p.protocol, span) for p in service.ports for span in p.ranges)
 
 
 def _icmp() -> Iterator[Rule]:
@@ -160,6 +258,7 @@ def _set_names(group: ResolvedGroup, version: int) -> Iterator[str]:
 def _sets(policy: Resolved) -> Iterator[AddressSet]:
     """Sets that the rules name, in a fixed order."""
     accepted = [*policy.trust, *(g for s in policy.services for g in s.groups or ())]
+    accepted += [g for s in policy.services if s.options.limit("anywhere") for g in policy.named]
     static = {*accepted, *(policy.block.excepted if policy.block and _blocks_dynamic(policy) else ())}
     blocking = (*policy.block.groups, *policy.block.excepted) if policy.block else ()
     for name in dict.fromkeys((*accepted, *blocking)):

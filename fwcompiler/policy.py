@@ -22,11 +22,6 @@ Duration = Annotated[str, StringConstraints(pattern=r"^([0-9]{1,6}[smhdw])+$")]
 
 NOT_YET: dict[str, str] = {
     "egress": "rules for outgoing traffic",
-    "limits": "rate limits",
-    "limit": "rate limits",
-    "conntrack": "traffic past connection tracking",
-    "notrack": "traffic past connection tracking",
-    "dscp": "DSCP marks",
 }
 """Keys of the language that this version does not compile yet. They are refused, never ignored."""
 
@@ -199,7 +194,26 @@ class ServiceEntry(_Model):
     expose: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)] | None = Field(
         default=None, description="The reason why a service that is not public is open to anywhere; shown in every check."
     )
+    limit: dict[str, Rate] | None = Field(
+        default=None,
+        min_length=1,
+        description="What each source of a group may send, as in `{agents: 50/s burst 200}`; `anywhere`: whom no service names.",
+    )
+    conntrack: Literal["track", "bypass"] = Field(
+        default="track", description="rtp only: `bypass` keeps the media out of connection tracking, both ways."
+    )
+    dscp: Dscp | None = Field(default=None, description="Mark for what this host sends from the service's ports: `ef`, `cs3`, `46`.")
 
+
+Rate = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,5}/(s|m|h|second|minute|hour)( burst [0-9]{1,5})?$")]
+Dscp = Annotated[
+    Annotated[str, Tag("<name>")] | Annotated[int, Tag("<number>"), Field(ge=0, le=63)],
+    Discriminator(
+        lambda v: {str: "<name>", int: "<number>"}.get(type(v)),
+        custom_error_type="dscp",
+        custom_error_message="a class as in `cs3` or `ef`, or a number",
+    ),
+]
 
 Sources = Annotated[
     Annotated[str, Tag("<one>")] | Annotated[list[str], Tag("<several>"), Field(min_length=1)],
@@ -269,11 +283,13 @@ def _report_item(document: Document, report: Report, item: dict[str, Any]) -> No
     if path == ("edge", "inbound_sip") and isinstance(item["input"], list):
         hint = "a packet to 5060 names no dialer: one of them takes all inbound calls"
         return report.error("sip-owner", "5060 has exactly one owner, and this is a list", at, hint)
+    if kind == "string_pattern_mismatch" and "limit" in path:
+        return report.error("value", f"`{item['input']}` is not a rate", at, "write 50/s, 10/m burst 20 or 100/h")
     if kind == "string_pattern_mismatch":
         return report.error("value", f"`{item['input']}` is not a duration", at, "write 90s, 30m, 12h or 7d")
     if kind in ("literal_error", "greater_than_equal", "less_than_equal", "too_short", "string_too_short", "string_too_long"):
         return report.error("value", _value_message(item), at, _value_hint(item, path))
-    if kind in ("member", "group", "from", "ports", "sources"):
+    if kind in ("member", "group", "from", "ports", "sources", "dscp"):
         return report.error("type", f"expected {item['msg']}, found {_kind_of(item['input'])}", at)
     expected = _EXPECTED.get(kind, item["msg"][:1].lower() + item["msg"][1:])
     report.error("type", f"`{_readable(path)}` must be {expected}, found {_kind_of(item['input'])}", at, _type_hint(item, path))
@@ -306,8 +322,13 @@ def _report_unknown_key(document: Document, report: Report, path: KeyPath) -> No
             "unknown-key",
             f"there is no key `{name}` here",
             at,
-            did_you_mean(name, known) or (f"known: {', '.join(known)}" if known else ""),
+            _belongs(name, path) or did_you_mean(name, known) or (f"known: {', '.join(known)}" if known else ""),
         )
+
+
+def _belongs(name: str, path: KeyPath) -> str:
+    options = {"limit": "limit", "limits": "limit", "conntrack": "conntrack", "notrack": "conntrack: bypass", "dscp": "dscp"}
+    return f"`{options[name]}` is said at a service" if len(path) == 1 and name in options else ""
 
 
 def _keys_at(path: KeyPath) -> list[str]:

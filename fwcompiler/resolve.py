@@ -20,12 +20,25 @@ from fwcompiler.durations import seconds
 from fwcompiler.edge import RTP, EdgePlan, ResolvedEdge, read_plan, resolved_edge
 from fwcompiler.fleet import CLUSTER, ROLES, ResolvedHost, cluster_entries, offers, read_hosts
 from fwcompiler.lists import AddressList, read_list
+from fwcompiler.options import NO_OPTIONS, Options, OptionsReader, refuse_bypass
 from fwcompiler.policy import AddressEntry, Group, ListFile, Member, Policy, PolicyTest, ServiceEntry
 from fwcompiler.ports import WITH_PORTS, PortError, Ports, joined, overlap, parse_port_range, parse_ports
 from fwcompiler.ruleset import BUILT_IN
 from fwcompiler.source import Document, KeyPath, read_file
 
-RESERVED = BUILT_IN | {"anywhere", "input", "forward", "output", "prerouting", "postrouting", "edge", "behind"}
+RESERVED = BUILT_IN | {
+    "anywhere",
+    "input",
+    "forward",
+    "output",
+    "prerouting",
+    "postrouting",
+    "edge",
+    "behind",
+    "early",
+    "marks",
+    "untracked",
+}
 """Names fwc gives to its own chains, sets and counters."""
 
 
@@ -70,6 +83,7 @@ class ResolvedService:
     at: Position
     early: bool = False
     expose: str = ""
+    options: Options = NO_OPTIONS
 
     def port_texts(self) -> tuple[str, ...]:
         """`udp/5060` and so on, one a range."""
@@ -139,6 +153,8 @@ def resolve(policy: Policy, document: Document, report: Report, *, today: date, 
     groups = {name: stage.group(name, form) for name, form in policy.groups.items()}
     groups |= stage.generated_groups()
     everything = tuple(s for name, entry in policy.services.items() if (s := stage.service(name, entry)))
+    reader = OptionsReader(document, report, _never_limited(policy, everything))
+    everything = tuple(replace(s, options=reader.read(s.name, policy.services[s.name], s.ports, s.groups)) for s in everything)
     here = stage.hosts.get(host or "")
     services = stage.services_of(here, everything)
     plan = stage.plan
@@ -146,6 +162,7 @@ def resolve(policy: Policy, document: Document, report: Report, *, today: date, 
     ours = edge if plan and here is plan.host else None
     if ours:
         report.error("not-yet", "the edge itself is not compiled by this version", ours.at, "its hosts are: --host NAME")
+        refuse_bypass([f.service.options for f in ours.forwards], document, report)
     _refuse_overlaps((*services, *(f.service for f in ours.forwards)) if ours else services, report)
     trust = stage.known_groups(policy.trust, ("trust",))
     block = stage.block(everything)
@@ -462,6 +479,12 @@ _CLASS_WORDS: dict[Class, str] = {
     "admin": "for administrators only",
     "loopback": "for the host itself only",
 }
+
+
+def _never_limited(policy: Policy, services: tuple[ResolvedService, ...]) -> dict[str, str]:
+    """Groups that no limit may touch, each with the reason."""
+    cluster = {g: f"`{s.name}` makes it the cluster's" for s in services if s.kind == "cluster" for g in s.groups or ()}
+    return {**cluster, **dict.fromkeys(policy.trust, "`trust` accepts all of its packets")}
 
 
 def _refuse_overlaps(services: tuple[ResolvedService, ...], report: Report) -> None:

@@ -18,7 +18,9 @@ Side = Literal["source", "destination"]
 HookName = Literal["prerouting", "input", "forward", "output", "postrouting"]
 HookKind = Literal["filter", "nat", "route"]
 State = Literal["new", "established", "related", "invalid", "untracked"]
-BUILT_IN = frozenset(("block", "trust", "established", "invalid", "icmp", "loopback", "other"))
+Period = Literal["second", "minute", "hour", "day"]
+SECONDS: dict[Period, int] = {"second": 1, "minute": 60, "hour": 3600, "day": 86400}
+BUILT_IN = frozenset(("block", "trust", "established", "invalid", "icmp", "loopback", "other", "egress"))
 """Labels of rules that stand for no service of the policy; they are counted all the same."""
 STATES: tuple[State, ...] = ("new", "established", "related", "invalid", "untracked")
 
@@ -98,8 +100,42 @@ class Limit:
     """At most `rate` packets per `per` on average, `burst` at once; stateful, shared by all sources."""
 
     rate: int
-    per: Literal["second", "minute", "hour", "day"]
+    per: Period
     burst: int
+
+
+@dataclass(frozen=True, slots=True)
+class OverLimit:
+    """The source has sent more than `rate` packets per `per` (after `burst` at once): counted source by source, under a name.
+
+    The count is part of the rule: its name holds the figures, because kernels keep an old count's figures as long as
+    anything uses its name.
+    """
+
+    version: int
+    name: str
+    rate: int
+    per: Period
+    burst: int
+
+    @property
+    def kernel_name(self) -> str:
+        """`sip.agents.50-second-200.v4`: where the kernel counts."""
+        return f"{self.name}.{self.rate}-{self.per}-{self.burst}.v{self.version}"
+
+    @property
+    def keep(self) -> int:
+        """Seconds that a source is remembered after its last packet: until its whole burst would be back."""
+        return max(60, -(-self.burst * SECONDS[self.per] // self.rate))
+
+
+MOST_SOURCES = 65536
+"""Sources that one limit counts at once (kernels' tables are sized so); see `docs/design.md` for what happens beyond."""
+
+
+@dataclass(frozen=True, slots=True)
+class ForHost:
+    """The destination is an address of this host, by its routing table; not multicast or broadcast."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +198,7 @@ class AnyOf(Foreign):
     negated: bool = False
 
 
-Match = InSet | InRanges | Family | Interface | ProtocolIs | PortIn | StateIn | TypeIn | Limit | Unknown | Foreign
+Match = InSet | InRanges | Family | Interface | ProtocolIs | PortIn | StateIn | TypeIn | Limit | OverLimit | ForHost | Unknown | Foreign
 
 
 class Final(Enum):
@@ -210,13 +246,20 @@ class Untrack:
 
 
 @dataclass(frozen=True, slots=True)
+class SetDscp:
+    """Writes the packet's DSCP, 0 to 63 (RFC 2474); on with the next rule. The rule's matches fix the family."""
+
+    value: int
+
+
+@dataclass(frozen=True, slots=True)
 class Undecided:
     """A named program or part of the kernel accepts or drops the packet; the rules do not say which."""
 
     text: str
 
 
-Verdict = Final | Goto | Jump | Translate | Untrack | Undecided | None
+Verdict = Final | Goto | Jump | Translate | Untrack | SetDscp | Undecided | None
 """None: the rule only counts or logs, the packet goes on to the next rule. `Translate` and `Undecided` stand in rulesets of
 others only."""
 
@@ -245,7 +288,7 @@ class Rule:
     def version(self) -> int | None:
         """4 or 6 where a match fixes the family, None where the rule is for both."""
         for match in self.matches:
-            if isinstance(match, InSet | InRanges | Family | TypeIn):
+            if isinstance(match, InSet | InRanges | Family | TypeIn | OverLimit):
                 return match.version
         return None
 
@@ -325,6 +368,11 @@ class Ruleset:
             if chain.name == name:
                 return chain
         raise KeyError(name)
+
+    def limits(self) -> dict[str, OverLimit]:
+        """The limits by source that its rules ask, by the names under which the kernel counts."""
+        matches = (m for c in self.chains for r in c.rules for m in r.matches)
+        return {m.kernel_name: m for m in matches if isinstance(m, OverLimit)}
 
     def counters(self) -> tuple[str, ...]:
         """Names of all counters its rules use, sorted."""

@@ -4,7 +4,7 @@ The two readings share nothing but the neutral types: ours comes from the text o
 backend; the other one from the kernel's own structures, through libiptc, as `fwcompiler.kernel.second_reading` prints
 them. Names that rules have in the kernel are translated here a second time, by hand:
 
-- chain ``FWC-s.NAME`` is ``service.NAME``, any other ``FWC-NAME`` is ``NAME``;
+- chain ``FWC-s.NAME`` is ``service.NAME``, ``FWC-e.NAME`` is ``early.NAME``, any other ``FWC-NAME`` is ``NAME``;
 - a chain of another table than ``filter`` is ``TABLE/CHAIN``;
 - set ``fwc-NAME4`` is ``NAME.v4``, ``fwc-NAME~4`` is ``NAME.dynamic.v4``; a ``b`` behind it tells a twin apart.
 """
@@ -12,6 +12,7 @@ them. Names that rules have in the kernel are translated here a second time, by 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from ipaddress import ip_address
@@ -20,11 +21,14 @@ from typing import Any, Literal, cast, get_args
 from fwcompiler.addresses import LAST, Range, range_text
 from fwcompiler.ports import PROTOCOLS, WITH_PORTS, port_text
 from fwcompiler.ruleset import (
+    MOST_SOURCES,
+    SECONDS,
     STATES,
     Chain,
     Family,
     Final,
     Foreign,
+    ForHost,
     Goto,
     Hook,
     HookName,
@@ -34,10 +38,13 @@ from fwcompiler.ruleset import (
     Jump,
     Limit,
     Match,
+    OverLimit,
+    Period,
     PortIn,
     ProtocolIs,
     Rule,
     Ruleset,
+    SetDscp,
     Side,
     State,
     StateIn,
@@ -113,9 +120,10 @@ def _joined(table: str, chain: str) -> str:
 def _chain_name(kernel: str) -> str:
     """A name that fwc would never choose stays as it is."""
     _, _, name = kernel.partition("FWC-")
-    if name.startswith("s."):
-        return "service." + name[2:]
-    return kernel if not name or name in _HOOKS or name.startswith(("service.", "FWC-")) else name
+    long = {"s.": "service.", "e.": "early."}.get(name[:2])
+    if long:
+        return long + name[2:]
+    return kernel if not name or name in _HOOKS or name.startswith(("service.", "early.", "FWC-")) else name
 
 
 def _set_name(kernel: str) -> tuple[str, int] | None:
@@ -186,6 +194,8 @@ def _verdict(raw: Mapping[str, Any], version: int) -> tuple[Verdict, str, list[M
         return _STANDARD[target], "", []
     if target == "LOG" and list(options) == ["log-prefix"] and options["log-prefix"]:
         return None, options["log-prefix"][0], []
+    if target == "DSCP" and list(options) == ["set-dscp"]:
+        return SetDscp(int(options["set-dscp"][0], 16)), "", []
     if target == "REJECT":
         usual = options == {"reject-with": ["icmp-port-unreachable" if version == 4 else "icmp6-port-unreachable"]}
         return Final.REJECT, "", [] if usual else [Unknown(f"REJECT {options}")]
@@ -194,8 +204,8 @@ def _verdict(raw: Mapping[str, Any], version: int) -> tuple[Verdict, str, list[M
 
 def _matches(module: str, parameters: Parameters, version: int) -> Iterator[Match]:
     """An extension's options as matches; `limit` has two options for one match."""
-    if module == "limit":
-        yield _limit(parameters)
+    if module in ("limit", "hashlimit"):
+        yield _limit(parameters) if module == "limit" else _by_source(parameters, version)
         return
     for option, values in parameters.items():
         negated = values[:1] == ["!"]
@@ -215,6 +225,26 @@ def _limit(parameters: Parameters) -> Match:
     return Unknown(f"limit {dict(parameters)}")
 
 
+def _by_source(parameters: Parameters, version: int) -> Match:
+    """A limit by source; its name holds the figures that fwc meant, the rate is as the extension prints it."""
+    options = {name: " ".join(values) for name, values in parameters.items()}
+    name = re.fullmatch(r"(\S+)\.([0-9]+)-(second|minute|hour|day)-([0-9]+)", options.get("hashlimit-name", ""))
+    if name:
+        found = OverLimit(version, name[1], int(name[2]), cast(Period, name[3]), int(name[4]))
+        rate, _, unit = options.pop("hashlimit-above", "").partition("/")
+        per = next((p for p in _PERIODS if unit and p.startswith(unit)), None)
+        expected = {
+            "hashlimit-burst": str(found.burst),
+            "hashlimit-mode": "srcip",
+            "hashlimit-name": options["hashlimit-name"],
+            "hashlimit-htable-max": str(MOST_SOURCES),
+            "hashlimit-htable-expire": str(found.keep * 1000),
+        }
+        if per and rate.isdigit() and SECONDS[per] * found.rate == SECONDS[found.per] * int(rate) and options == expected:
+            return found
+    return Unknown(f"hashlimit {options}")
+
+
 def _match(module: str, option: str, values: list[str], negated: bool, version: int) -> Match | None:
     match module, option, values:
         case (("tcp" | "udp"), ("sport" | "dport"), [text]):
@@ -225,6 +255,8 @@ def _match(module: str, option: str, values: list[str], negated: bool, version: 
         case (("conntrack" | "state"), ("ctstate" | "state"), [text]):
             states = cast(frozenset[State], frozenset(text.lower().split(",")))
             return StateIn(states, negated) if states <= set(STATES) else None
+        case "addrtype", "dst-type", ["LOCAL"] if not negated:
+            return ForHost()
         case "iprange", ("src-range" | "dst-range"), [text]:
             low, high = (int(ip_address(end)) for end in text.split("-"))
             return InRanges(_SIDES[option[0]], version, ((low, high),), negated)
@@ -295,7 +327,7 @@ def rule_text(rule: Rule) -> str:
             does.append(f"goto {chain}")
         case Jump(chain):
             does.append(f"jump {chain}")
-        case Translate() | Untrack() | Undecided():
+        case Translate() | Untrack() | SetDscp() | Undecided():
             does.append(str(rule.verdict))
         case None:
             does = does or ["only count"]
@@ -322,6 +354,10 @@ def _match_text(match: Match) -> str:
             return f"{'icmp' if version == 4 else 'icmpv6'} type {'/'.join(map(str, types))}"
         case Limit(rate, per, burst):
             return f"at most {rate} a {per}, burst {burst}"
+        case OverLimit(_, name, rate, per, burst):
+            return f"source over {rate} a {per}, burst {burst}, counted as {name}"
+        case ForHost():
+            return "for this host"
         case Unknown(text):
             return f"something unknown ({text})"
         case Foreign():

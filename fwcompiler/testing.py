@@ -70,11 +70,16 @@ def _decide(test: ResolvedTest, meaning: tuple[Clause, ...]) -> list[tuple[Claus
 
 
 def _taken(clause: Clause, test: ResolvedTest, ports: Ranges, sources: Addresses) -> Piece:
-    """The part of a piece for which a clause holds; packets come in from outside, to an address of this host."""
-    if clause.loopback or clause.destination is not None:
+    """The part of a piece for which a clause holds; packets come in from outside, to an address of this host.
+
+    Limits count as not exceeded.
+    """
+    if clause.loopback or clause.destination is not None or clause.over is not None:
         return (), sources
     if clause.states is not None and test.state not in clause.states:
         return (), sources
+    if clause.spared_ports is not None and clause.spared_ports.protocol == test.ports.protocol:
+        ports = subtract(ports, clause.spared_ports.ranges)
     if clause.source is not None:
         sources = sources & clause.source
     if clause.spared_source is not None:

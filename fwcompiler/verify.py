@@ -11,10 +11,10 @@ from fwcompiler.kernel import runner
 from fwcompiler.kernel.observe import READ_WHOLE
 from fwcompiler.neighbours import Meddling, meddling, read_host
 from fwcompiler.pipeline import Compiled, Host, disproof, normal_form, observe
-from fwcompiler.proof.compose import from_ruleset
 from fwcompiler.proof.describe import CounterExample, box_text
 from fwcompiler.proof.diagram import StepsExceeded
 from fwcompiler.proof.fields import Packet
+from fwcompiler.proof.host import of_host
 from fwcompiler.proof.meaning import explain
 from fwcompiler.proof.prove import FAMILIES, differ
 from fwcompiler.registry import installed, load
@@ -94,5 +94,5 @@ def verify_backends(compiled: Compiled) -> Verified:
 
 
 def _differences(first: Ruleset, second: Ruleset) -> list[str]:
-    found = (differ(from_ruleset(first, version), from_ruleset(second, version), version) for version in FAMILIES)
+    found = (differ(of_host(first, version), of_host(second, version), version) for version in FAMILIES)
     return [f"{box_text(d.space, box)}: {' and '.join(box.verdicts)}" for d in found if d for box in d.boxes[:MAX_SHOWN]]

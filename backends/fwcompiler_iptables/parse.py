@@ -16,11 +16,14 @@ from typing import Literal, cast
 from fwcompiler.addresses import Range
 from fwcompiler.diagnostics import Position
 from fwcompiler.ruleset import (
+    MOST_SOURCES,
+    SECONDS,
     STATES,
     AddressSet,
     Chain,
     Family,
     Final,
+    ForHost,
     Goto,
     InRanges,
     InSet,
@@ -28,10 +31,13 @@ from fwcompiler.ruleset import (
     Jump,
     Limit,
     Match,
+    OverLimit,
+    Period,
     PortIn,
     ProtocolIs,
     Rule,
     Ruleset,
+    SetDscp,
     Side,
     State,
     StateIn,
@@ -239,7 +245,7 @@ class _Reader:
         except _NotModelled:
             return Rule((Family(self.version), Unknown(_text(tokens))), count=count)
         matches = self._with_protocol()
-        if not any(isinstance(m, InSet | InRanges | TypeIn) for m in matches):
+        if not any(isinstance(m, InSet | InRanges | TypeIn | OverLimit) for m in matches):
             matches.insert(0, Family(self.version))
         return Rule(tuple(matches), self.verdict, self.service, self.log_prefix, count=count)
 
@@ -315,6 +321,8 @@ class _Reader:
                 self.matches.append(Unknown(_text(["-m", protocol, *(["!"] if negated else []), option, *values])))
 
     def _single(self, name: str, options: Sequence[tuple[bool, str, tuple[str, ...]]]) -> Match:
+        if name == "hashlimit":
+            return self._over({option: values for _, option, values in options}, any(n for n, _, _ in options))
         if name == "limit":
             return self._limit({option: values for _, option, values in options}, any(n for n, _, _ in options))
         (negated, option, values), *more = options
@@ -329,6 +337,8 @@ class _Reader:
                 names = cast(frozenset[State], frozenset(states.lower().split(",")))
                 if names <= set(STATES):
                     return StateIn(names, negated)
+            case "addrtype", "--dst-type", ("LOCAL",) if not negated:
+                return ForHost()
             case "iprange", ("--src-range" | "--dst-range"), (text,):
                 return InRanges("source" if option[2] == "s" else "destination", self.version, (self._span(text),), negated)
             case ("icmp", "--icmp-type", (kind,)) | ("icmp6", "--icmpv6-type", (kind,)) if not negated:
@@ -352,6 +362,28 @@ class _Reader:
         burst = options.get("--limit-burst", (str(_DEFAULT_BURST),))[0]
         return Limit(int(rate), _UNITS[per], int(burst))
 
+    def _over(self, options: Mapping[str, tuple[str, ...]], negated: bool) -> OverLimit:
+        """The figures are in the name as well, as they were meant: the extension prints 600 a minute as 10 a second."""
+        (name,) = options["--hashlimit-name"]
+        match = re.fullmatch(r"(\S+)\.([0-9]+)-(second|minute|hour|day)-([0-9]+)", name)
+        if match is None or negated or not int(match[2]):
+            raise _NotModelled
+        limit = OverLimit(self.version, match[1], int(match[2]), cast(Period, match[3]), int(match[4]))
+        rate, _, per = options["--hashlimit-above"][0].partition("/")
+        # The extension keeps the time between two packets in microseconds (xt_hashlimit, XT_HASHLIMIT_SCALE_v2).
+        between = SECONDS[limit.per] * 1_000_000 // limit.rate
+        expected = {
+            "--hashlimit-above": (f"{rate}/{per}",),
+            "--hashlimit-burst": (str(limit.burst),),
+            "--hashlimit-mode": ("srcip",),
+            "--hashlimit-name": (name,),
+            "--hashlimit-htable-max": (str(MOST_SOURCES),),
+            "--hashlimit-htable-expire": (str(limit.keep * 1000),),
+        }
+        if {"--hashlimit-burst": ("5",), **options} != expected or SECONDS[_UNITS[per]] * 1_000_000 // int(rate) != between:
+            raise _NotModelled
+        return limit
+
     def _target(self, option: str, name: str, rest: Sequence[str]) -> None:
         if name.startswith(CHAIN_PREFIX) and not rest:
             chain = neutral_chain(name, self.table)
@@ -362,6 +394,8 @@ class _Reader:
             self.verdict = _FINALS[name]
         elif (name, *rest) in (("NOTRACK",), ("CT", "--notrack")):
             self.verdict = Untrack()
+        elif name == "DSCP" and len(rest) == 2 and rest[0] == "--set-dscp":
+            self.verdict = SetDscp(int(rest[1], 16))
         elif name == "REJECT":
             self.verdict = Final.REJECT
             if list(rest) != ["--reject-with", _REJECT[self.version]]:

@@ -13,11 +13,13 @@ from itertools import product
 from fwcompiler.addresses import BITS, LAST, Range, address_text, prefix_text, prefixes
 from fwcompiler.diagnostics import Finding, Position
 from fwcompiler.ruleset import (
+    MOST_SOURCES,
     AddressSet,
     Chain,
     Family,
     Final,
     Foreign,
+    ForHost,
     Goto,
     InRanges,
     InSet,
@@ -25,10 +27,12 @@ from fwcompiler.ruleset import (
     Jump,
     Limit,
     Match,
+    OverLimit,
     PortIn,
     ProtocolIs,
     Rule,
     Ruleset,
+    SetDscp,
     StateIn,
     Translate,
     TypeIn,
@@ -150,6 +154,8 @@ def _target(rule: Rule, version: int) -> list[Option]:
             return [(_TARGET, f"-j {rule.verdict.name}")]
         case Untrack():
             return [(_TARGET, "-j CT --notrack")]
+        case SetDscp(value):
+            return [(_TARGET, f"-j DSCP --set-dscp 0x{value:02x}")]
         case Translate() | Undecided():
             raise ValueError(f"cannot render {rule.verdict}")
 
@@ -182,6 +188,10 @@ def _options(matches: Sequence[Match], version: int, slots: Mapping[str, str]) -
                 options.append((_MATCH, f"-m conntrack {no}--ctstate {','.join(sorted(states)).upper()}"))
             case Limit(rate, per, burst):
                 options.append((_MATCH, f"-m limit --limit {rate}/{per} --limit-burst {burst}"))
+            case OverLimit():
+                options.append((_MATCH, _over(match)))
+            case ForHost():
+                options.append((_MATCH, "-m addrtype --dst-type LOCAL"))
             case Unknown(text):
                 options.append((_REST, text))
             case Family():
@@ -189,6 +199,17 @@ def _options(matches: Sequence[Match], version: int, slots: Mapping[str, str]) -
             case Foreign():
                 raise ValueError(f"cannot render {match}")
     return [*options, (_PROTOCOL, protocol)]
+
+
+def limit_name(limit: OverLimit) -> str:
+    """A table of hashlimit: each family has its own of the same name."""
+    return limit.kernel_name.rpartition(".v")[0]
+
+
+def _over(limit: OverLimit) -> str:
+    figures = f"--hashlimit-above {limit.rate}/{limit.per} --hashlimit-burst {limit.burst} --hashlimit-mode srcip"
+    table = f"--hashlimit-name {limit_name(limit)} --hashlimit-htable-max {MOST_SOURCES} --hashlimit-htable-expire {limit.keep * 1000}"
+    return f"-m hashlimit {figures} {table}"
 
 
 def _range(side: str, version: int, span: Range, no: str, used: set[str]) -> Option:
@@ -313,6 +334,8 @@ def _place_faults(table: str, rule: Rule) -> Iterator[str]:
         yield "iptables cannot drop in table nat, which sees the first packet of a connection only"
     if table != "filter" and rule.verdict is Final.REJECT:
         yield f"iptables cannot reject in table {table}"
+    if table != "mangle" and isinstance(rule.verdict, SetDscp):
+        yield f"iptables marks packets in table mangle only, not in {table}"
     if table != "raw" and isinstance(rule.verdict, Untrack):
         yield f"iptables takes packets out of connection tracking in table raw only, not in {table}"
 
@@ -340,7 +363,7 @@ def _chain_faults(chain: Chain) -> Iterator[tuple[str, str]]:
     table, name = split(chain.name)
     if name in BUILT_IN[table].values():
         yield "name", f"`{chain.name}` is the name of a built-in chain"
-    elif not re.fullmatch(r"[A-Za-z][A-Za-z0-9_.-]*", name) or name.startswith(("s.", CHAIN_PREFIX)):
+    elif not re.fullmatch(r"[A-Za-z][A-Za-z0-9_.-]*", name) or name.startswith(("s.", "e.", CHAIN_PREFIX)):
         yield "name", f"`{chain.name}` cannot be the name of an iptables chain"
     elif len(chain_name(name)) > CHAIN_MAX:
         yield "name", f"chain names have at most {CHAIN_MAX} characters, and `{chain_name(name)}` has more"
@@ -401,6 +424,11 @@ def _match_faults(match: Match) -> Iterator[str]:
         case StateIn(states, _):
             if not states:
                 yield "iptables cannot match an empty list of states"
+        case OverLimit(_, name, rate, _, burst):
+            if not re.fullmatch(r"[A-Za-z0-9._-]{1,200}", name) or not 0 < rate <= 10_000 or not 0 < burst <= 10_000:
+                yield f"iptables cannot count a limit of {rate}, {burst} at once, as `{name}`"
+        case ForHost():
+            pass
         case Unknown(text):
             yield f"iptables cannot express {text}"
         case Foreign():

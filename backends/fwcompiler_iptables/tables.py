@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from fwcompiler.ruleset import Chain, Family, Final, Goto, Hook, HookKind, HookName, InRanges, InSet, Jump, Rule, Ruleset, TypeIn
+from fwcompiler.ruleset import Chain, Family, Final, Goto, Hook, HookKind, HookName, InRanges, InSet, Jump, OverLimit, Rule, Ruleset, TypeIn
 
 BUILT_IN: Mapping[str, Mapping[HookName, str]] = {
     "filter": {"input": "INPUT", "forward": "FORWARD", "output": "OUTPUT"},
@@ -68,20 +68,25 @@ def joined(table: str, chain: str) -> str:
     return chain if table == "filter" else f"{table}/{chain}"
 
 
+_SHORT = {"service.": "s.", "early.": "e."}
+
+
 def chain_name(name: str) -> str:
     """``service.sip`` is ``FWC-s.sip``, in whatever table: the longest service name still fits into 28 characters."""
     name = split(name)[1]
     if name.startswith(CHAIN_PREFIX):
         return name
-    return CHAIN_PREFIX + (f"s.{name[8:]}" if name.startswith("service.") else name)
+    long = next((long for long in _SHORT if name.startswith(long)), "")
+    return CHAIN_PREFIX + _SHORT.get(long, "") + name.removeprefix(long)
 
 
 def neutral_chain(kernel: str, table: str = "filter") -> str:
     """The inverse of :func:`chain_name`. A chain that fwc would never write keeps its kernel name."""
     name = kernel.removeprefix(CHAIN_PREFIX)
-    if name.startswith("s."):
-        return joined(table, f"service.{name[2:]}")
-    if not name or "/" in name or name.startswith((CHAIN_PREFIX, "service.")) or name in _BUILT_IN_NAMES:
+    for long, short in _SHORT.items():
+        if name.startswith(short):
+            return joined(table, long + name.removeprefix(short))
+    if not name or "/" in name or name.startswith((CHAIN_PREFIX, *_SHORT)) or name in _BUILT_IN_NAMES:
         return joined(table, kernel)
     return joined(table, name)
 
@@ -175,7 +180,7 @@ def _local(rule: Rule) -> Rule:
 
 
 def _concerns(rule: Rule, version: int) -> bool:
-    return all(m.version == version for m in rule.matches if isinstance(m, InSet | InRanges | Family | TypeIn))
+    return all(m.version == version for m in rule.matches if isinstance(m, InSet | InRanges | Family | TypeIn | OverLimit))
 
 
 def _is_closed(rules: Sequence[Rule]) -> bool:

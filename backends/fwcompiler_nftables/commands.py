@@ -15,7 +15,7 @@ from fwcompiler.backend import Command, Fill, Rendered, Saved, SetChange, Step
 from fwcompiler.diagnostics import Finding, Position
 from fwcompiler.ruleset import AddressSet, Chain, Foreign, InSet, Rule, Ruleset, Translate, Undecided, Unknown
 from fwcompiler_nftables.parse import STRAY, parse_listing, read_counters
-from fwcompiler_nftables.render import TABLE, Line, elements, hook_spec, member_text, rule_lines, set_spec, table_text
+from fwcompiler_nftables.render import TABLE, Line, elements, hook_spec, limit_spec, limits, member_text, rule_lines, set_spec, table_text
 from fwcompiler_nftables.saved import read_foreign, read_own
 
 INLINE = 500
@@ -120,9 +120,10 @@ class _Update:
             yield Step(_script(((f"add table {TABLE}", None), *self._made(beforehand))), (undo,))
             yield from (Step(Fill("nft", s.kernel_name, s.version, s.ranges)) for s in beforehand if s.ranges)
         yield Step(_script(self._transaction(beforehand, twins)))
-        gone = [*self.gone_sets, *(self.old_sets[s.name] for s in twins)]
+        gone = [s.kernel_name for s in (*self.gone_sets, *(self.old_sets[s.name] for s in twins))]
+        gone += [name for name, _ in limits(self.live) if name not in dict(limits(self.wanted))]
         if gone:
-            yield Step(_delete_sets([s.kernel_name for s in gone]))
+            yield Step(_delete_sets(gone))
 
     def _structure_changes(self) -> bool:
         return bool(self.new_sets or self.remade or self.gone_sets or self.changed or self.gone_chains or not self.live.chains)
@@ -178,6 +179,9 @@ class _Update:
             if each not in beforehand:
                 yield self._set_line(each, content=True), each.origin
                 yield from self._member_line(each)
+        for name, limit in limits(self.wanted):
+            if name not in dict(limits(self.live)):
+                yield f"add set {TABLE} {name} {{ {'; '.join(limit_spec(limit))}; }}", None
         yield from self._new_chains(touched, moved, names)
         yield from self._small_contents(flipped)
 

@@ -9,16 +9,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from fwcompiler.addresses import LAST, Range, merged, parse_address
 from fwcompiler.ports import PROTOCOLS
 from fwcompiler.ruleset import (
+    MOST_SOURCES,
     STATES,
     AddressSet,
     Chain,
     Family,
     Final,
+    ForHost,
     Goto,
     Hook,
     HookKind,
@@ -28,10 +30,13 @@ from fwcompiler.ruleset import (
     Jump,
     Limit,
     Match,
+    OverLimit,
+    Period,
     PortIn,
     ProtocolIs,
     Rule,
     Ruleset,
+    SetDscp,
     StateIn,
     TypeIn,
     Unknown,
@@ -49,6 +54,7 @@ _SET_KEYS = {
 }
 """What a listing says of a set as fwc makes it; one with anything more is somebody else's."""
 FAMILY, NAME = "inet", "fwc"
+_LIMIT_NAME = re.compile(r"limit\.(\S+)\.([0-9]+)-(second|minute|hour|day)-([0-9]+)\.v([46])")
 _SLOT = re.compile(r"^(.*\.v[46])\.(b)$")
 
 # Names that nft 1.0 prints for ICMP types (nft describe "icmp type"; RFC 792, RFC 4443, RFC 4861, RFC 3810).
@@ -94,6 +100,14 @@ ICMP_TYPES = {
 }
 
 
+DSCP_NAMES = {
+    **{f"cs{i}": i * 8 for i in range(8)},
+    **{f"af{i}{j}": i * 8 + j * 2 for i in range(1, 5) for j in range(1, 4)},
+    **{"be": 0, "ef": 46, "va": 44, "lephb": 1},
+}
+"""nft describe "ip dscp"."""
+
+
 class _NotModelled(Exception):
     """An expression outside the neutral types; caught where it becomes `Unknown`."""
 
@@ -113,6 +127,8 @@ def parse_listing(text: str) -> Ruleset:
     sets, twins = _one_of_twins([s for item in objects if "set" in item and (s := _set(item["set"]))], text)
     counters = {item["counter"]["name"] for item in objects if "counter" in item}
     ruleset = Ruleset(chains, tuple(sorted(sets, key=lambda s: s.name)))
+    counting = {item["set"]["name"] for item in objects if "set" in item and _limit_set(item["set"])}
+    twins += [f"{STRAY}{name}" for name in sorted(counting - {f"limit.{name}" for name in ruleset.limits()})]
     unused = [f"counter {name}" for name in sorted(counters - set(ruleset.counters()))]
     flags = [
         f"table {item['table']['name']} with flags"
@@ -162,7 +178,7 @@ def _is_ours(table: Json) -> bool:
 def _is_other(kind: str, value: Json) -> bool:
     if kind == "chain":
         return value.get("type", "filter") not in get_args(HookKind)
-    if kind in ("rule", "counter"):
+    if kind in ("rule", "counter") or (kind == "set" and _limit_set(value)):
         return False
     return kind != "set" or _set(value) is None
 
@@ -175,6 +191,8 @@ def _hook(chain: Json) -> Hook | None:
 
 def _set(item: Json) -> AddressSet | None:
     """An address set of the form that fwc writes, else None."""
+    if _limit_set(item):
+        return None
     flags = item.get("flags", [])
     flags = [flags] if isinstance(flags, str) else flags
     version = {"ipv4_addr": 4, "ipv6_addr": 6}.get(item["type"]) if isinstance(item["type"], str) else None
@@ -184,6 +202,22 @@ def _set(item: Json) -> AddressSet | None:
     name, suffix = (slot[1], slot[2]) if slot else (item["name"], "")
     timeout = item.get("timeout", 0) if flags == ["timeout"] else None
     return AddressSet(name, version, timeout=timeout, size=item.get("size") if timeout is not None else None, slot=suffix)
+
+
+def _limit_set(item: Json) -> OverLimit | None:
+    """The limit whose name and form a set has, else None. nft does not say in JSON that a set is dynamic."""
+    limit = _named_limit(item["name"])
+    if limit is None or item["type"] != f"ipv{limit.version}_addr" or set(item) - _SET_KEYS["timeout"]:
+        return None
+    form = (item.get("flags"), item.get("size"), item.get("timeout"))
+    return limit if form in ((flags, MOST_SOURCES, limit.keep) for flags in (["timeout"], ["dynamic", "timeout"])) else None
+
+
+def _named_limit(name: str) -> OverLimit | None:
+    match = _LIMIT_NAME.fullmatch(name)
+    if match is None or not int(match[2]):
+        return None
+    return OverLimit(int(match[5]), match[1], int(match[2]), cast(Period, match[3]), int(match[4]))
 
 
 def _rules(rule: Json) -> Iterator[Rule]:
@@ -225,6 +259,9 @@ def _rule(expressions: list[Json], comment: str) -> Rule:
             except _NotModelled:
                 matches.append(_match_or_unknown(kind, value, expression))
             ended = verdict is not None
+    marked = next((e["mangle"]["key"]["payload"]["protocol"] for e in expressions if "mangle" in e and isinstance(verdict, SetDscp)), "")
+    if marked and not any(isinstance(m, Family) for m in matches):
+        matches.insert(0, Family(4 if marked == "ip" else 6))
     named = isinstance(verdict, Final) and counter == f"{comment}.{verdict.value}"
     return Rule(tuple(matches), verdict, comment if named else f"{comment}?" if comment or counter else "", log)
 
@@ -240,6 +277,8 @@ def _match_or_unknown(kind: str, value: Json, expression: Json) -> Match:
             return _match(value)
         if kind == "limit":
             return _limit(value)
+        if kind == "set":
+            return _over_limit(value)
     except (_NotModelled, KeyError, TypeError, ValueError):
         pass
     return Unknown(_text(expression))
@@ -259,10 +298,20 @@ def _verdict(expression: Json) -> Verdict:
             return Final.REJECT
         case ("notrack", _):
             return Untrack()
+        case ("mangle", {"key": {"payload": {"protocol": "ip" | "ip6", "field": "dscp"}}, "value": value}):
+            return SetDscp(_dscp(value))
         case ("goto", {"target": str(chain)}):
             return Goto(chain)
         case ("jump", {"target": str(chain)}):
             return Jump(chain)
+    raise _NotModelled
+
+
+def _dscp(value: Json) -> int:
+    if isinstance(value, int):
+        return value
+    if value in DSCP_NAMES:
+        return DSCP_NAMES[value]
     raise _NotModelled
 
 
@@ -273,6 +322,19 @@ def _limit(value: Json) -> Limit:
     if value["per"] not in ("second", "minute", "hour", "day"):
         raise _NotModelled
     return Limit(value["rate"], value["per"], value.get("burst", 5))
+
+
+def _over_limit(value: Json) -> OverLimit:
+    """`update @NAME { ip saddr limit rate over … }`, where the figures are those of the name."""
+    limit = _named_limit(value["set"].removeprefix("@"))
+    if limit is None or set(value) != {"op", "elem", "set", "stmt"} or value["op"] != "update":
+        raise _NotModelled
+    (statement,) = value["stmt"]
+    source = {"payload": {"protocol": "ip" if limit.version == 4 else "ip6", "field": "saddr"}}
+    counted = {"rate": limit.rate, "per": limit.per, "burst": limit.burst, "inv": True}
+    if value["elem"] != source or statement.keys() != {"limit"} or {"burst": 5, **statement["limit"]} != counted:
+        raise _NotModelled
+    return limit
 
 
 def _match(value: Json) -> Match:
@@ -295,6 +357,8 @@ def _match(value: Json) -> Match:
             return ProtocolIs(_protocol(right), negated)
         case {"ct": {"key": "state"}}:
             return _states(right, negated)
+        case {"fib": {"result": "type", "flags": ["daddr"]}} if right == "local" and not negated:
+            return ForHost()
     raise _NotModelled
 
 

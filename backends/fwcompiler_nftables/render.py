@@ -13,11 +13,13 @@ from fwcompiler.addresses import address_text, range_text
 from fwcompiler.diagnostics import Position
 from fwcompiler.ports import port_text
 from fwcompiler.ruleset import (
+    MOST_SOURCES,
     AddressSet,
     Chain,
     Family,
     Final,
     Foreign,
+    ForHost,
     Goto,
     Hook,
     InRanges,
@@ -26,10 +28,12 @@ from fwcompiler.ruleset import (
     Jump,
     Limit,
     Match,
+    OverLimit,
     PortIn,
     ProtocolIs,
     Rule,
     Ruleset,
+    SetDscp,
     StateIn,
     Translate,
     TypeIn,
@@ -53,6 +57,7 @@ def table_text(ruleset: Ruleset) -> str:
     lines = [f"table {TABLE} {{"]
     blocks = [[f"counter {name} {{", "}"] for name in ruleset.counters()]
     blocks += [[f"set {s.kernel_name} {{", *(f"\t{part}" for part in (*set_spec(s), *_element_lines(s))), "}"] for s in ruleset.sets]
+    blocks += [[f"set {name} {{", *(f"\t{part}" for part in limit_spec(each)), "}"] for name, each in limits(ruleset)]
     for chain in ruleset.chains:
         head = [f"\t{hook_spec(chain.hook)}"] if chain.hook else []
         blocks.append([f"chain {chain.name} {{", *head, *(f"\t{text}" for text, _ in rule_lines(chain, names)), "}"])
@@ -75,6 +80,24 @@ def set_spec(each: AddressSet) -> Iterator[str]:
         yield f"timeout {each.timeout}s"
     else:
         yield "flags interval"
+
+
+def limits(ruleset: Ruleset) -> list[tuple[str, OverLimit]]:
+    """The sets in which limits by source count, by name."""
+    return sorted((limit_name(each), each) for each in ruleset.limits().values())
+
+
+def limit_name(limit: OverLimit) -> str:
+    """No group can be called so: its sets have no dot before the family's."""
+    return f"limit.{limit.kernel_name}"
+
+
+def limit_spec(limit: OverLimit) -> Iterator[str]:
+    """The definition of the set in which a limit counts."""
+    yield f"type ipv{limit.version}_addr"
+    yield f"size {MOST_SOURCES}"
+    yield "flags dynamic,timeout"
+    yield f"timeout {limit.keep}s"
 
 
 def _element_lines(each: AddressSet) -> Iterator[str]:
@@ -110,7 +133,9 @@ def rule_text(rule: Rule, names: Names) -> str:
         parts.append(f'log prefix "{rule.log_prefix}" level info')
     if rule.counter:
         parts.append(f'counter name "{rule.counter}"')
-    if rule.verdict is not None:
+    if isinstance(rule.verdict, SetDscp):
+        parts.append(f"{_PROTO[rule.version or 4]} dscp set {rule.verdict.value}")
+    elif rule.verdict is not None:
         parts.append(verdict_text(rule.verdict))
     if rule.service:
         parts.append(f'comment "{rule.service}"')
@@ -130,7 +155,7 @@ def verdict_text(verdict: Verdict) -> str:
             return "continue"
         case Untrack():
             return "notrack"
-        case Translate() | Undecided():
+        case Translate() | SetDscp() | Undecided():
             raise ValueError(f"cannot render {verdict}")
 
 
@@ -171,6 +196,11 @@ def match_text(match: Match, names: Names) -> str:
             return f"{'icmp' if version == 4 else 'icmpv6'} type {what}"
         case Limit(rate, per, burst):
             return f"limit rate {rate}/{per} burst {burst} packets"
+        case OverLimit(version, _, rate, per, burst):
+            family = _PROTO[version]
+            return f"update @{limit_name(match)} {{ {family} saddr limit rate over {rate}/{per} burst {burst} packets }}"
+        case ForHost():
+            return "fib daddr type local"
         case Unknown() | Foreign():
             raise ValueError(f"cannot render {match}")
 

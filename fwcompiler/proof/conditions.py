@@ -12,15 +12,16 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 
 from fwcompiler.addresses import merged
-from fwcompiler.foreign import WITH_PORTS
+from fwcompiler.foreign import LOCAL, WITH_PORTS
 from fwcompiler.ports import PROTOCOLS
-from fwcompiler.proof.compose import limit_text
+from fwcompiler.proof.compose import limit_text, over_text
 from fwcompiler.proof.space import DESTINATION, INTERFACE, PORT, PROTOCOL, SOURCE, SOURCE_PORT, STATE, TYPE, Condition
 from fwcompiler.ruleset import (
     AddressSet,
     AnyOf,
     Family,
     Foreign,
+    ForHost,
     Hook,
     HookName,
     InRanges,
@@ -30,6 +31,7 @@ from fwcompiler.ruleset import (
     Limit,
     Match,
     Opaque,
+    OverLimit,
     PortIn,
     PortsIn,
     ProtocolIn,
@@ -116,7 +118,9 @@ class Conditions:
 
     def rule(self, matches: Sequence[Match], place: Place) -> Alternatives:
         """All of the matches hold."""
-        found = [self.match(m, place) for m in matches]
+        if any(self._other_family(m) for m in matches):
+            return NEVER
+        found = [self.match(m, place, last=i == len(matches) - 1) for i, m in enumerate(matches)]
         size = 1
         for each in found:
             size *= len(each)
@@ -124,11 +128,16 @@ class Conditions:
             return [[self.atom(f"too many alternatives: {' '.join(map(str, matches))[:200]}")]]
         return [[c for part in parts for c in part] for parts in product(*found)]
 
-    def match(self, match: Match, place: Place) -> Alternatives:
-        """What one match asks."""
+    def match(self, match: Match, place: Place, *, last: bool = True) -> Alternatives:
+        """What one match asks. A limit that stands before other tests counts packets that the rule is not about."""
+        early = "" if last else ", before other tests"
+        if self._other_family(match):
+            return NEVER
         match match:
-            case InSet(_, _, version) | InRanges(_, version, _) | Family(version) | TypeIn(version) if version != self.version:
-                return NEVER
+            case OverLimit():
+                return [[Condition(SOURCE, atom=over_text(match) + early)]]
+            case ForHost():
+                return [[Condition(SOURCE, atom=LOCAL)]]
             case InSet() | InRanges() | Family():
                 return [self._addresses(match)]
             case Interface(way, name, negated):
@@ -142,11 +151,15 @@ class Conditions:
             case TypeIn(version, types):
                 return [[_protocols((1 if version == 4 else 58,)), Condition(TYPE, merged((t, t) for t in types))]]
             case Limit():
-                return [[self.atom(limit_text(match))]]
+                return [[self.atom(limit_text(match) + early)]]
             case Unknown(text):
                 return [[self.atom(f"unknown: {text}")]]
             case Foreign():
                 return self._foreign(match, place)
+
+    def _other_family(self, match: Match) -> bool:
+        """A rule of the other family counts nothing, so its atoms must not be numbered."""
+        return isinstance(match, InSet | InRanges | Family | TypeIn | OverLimit) and match.version != self.version
 
     def _addresses(self, match: InSet | InRanges | Family) -> list[Condition]:
         match match:

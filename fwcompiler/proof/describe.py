@@ -33,6 +33,7 @@ from fwcompiler.ruleset import (
     Family,
     Final,
     Foreign,
+    ForHost,
     Goto,
     InRanges,
     InSet,
@@ -42,12 +43,14 @@ from fwcompiler.ruleset import (
     Limit,
     Match,
     Opaque,
+    OverLimit,
     PortIn,
     PortsIn,
     ProtocolIn,
     ProtocolIs,
     Rule,
     Ruleset,
+    SetDscp,
     State,
     StateIn,
     Translate,
@@ -278,6 +281,8 @@ def _verdict(verdict: Verdict) -> str:
             return text
         case Untrack():
             return "goes on, untracked"
+        case SetDscp(value):
+            return f"goes on, marked with DSCP {value}"
         case None:
             return "goes on"
 
@@ -318,6 +323,10 @@ def match_text(match: Match) -> str:
             return f"{'ICMP' if version == 4 else 'ICMPv6'} type {', '.join(map(str, types))}"
         case Limit(rate, per, _):
             return f"at most {rate} a {per}"
+        case OverLimit(_, _, rate, per, burst):
+            return f"source over {rate} a {per}, {burst} at once"
+        case ForHost():
+            return "for this host"
         case Unknown(text) | Opaque(text):
             return f"{no}{text}"
         case Foreign():

@@ -29,6 +29,7 @@ from fwcompiler.ruleset import (
     Jump,
     Rule,
     Ruleset,
+    SetDscp,
     Translate,
     Undecided,
     Unknown,
@@ -269,17 +270,17 @@ class _Reader:
 
     def _rule(self, number: int, rule: Rule, place: Place) -> Iterator[Line]:
         unknown = next((m.text for m in rule.matches if isinstance(m, Unknown)), "")
-        if rule.verdict is None and not unknown:
+        if isinstance(rule.verdict, SetDscp | None) and not unknown:
             return
         if isinstance(rule.verdict, Translate) and rule.verdict.version not in (None, self._version):
             return
         if isinstance(rule.verdict, Jump) and rule.verdict.chain not in self._chains:
             return
         either = self._conditions.rule(rule.matches, place)
-        if isinstance(rule.verdict, Undecided | None):
-            text = f"accepted by {rule.verdict.text}" if rule.verdict else f"drops: {unknown}"
+        if isinstance(rule.verdict, Undecided | SetDscp | None):
+            text = f"accepted by {rule.verdict.text}" if isinstance(rule.verdict, Undecided) else f"drops: {unknown}"
             chosen = self._conditions.atom(text)
-            first, second = (ACCEPT, DROP) if rule.verdict else (DROP, ACCEPT)
+            first, second = (ACCEPT, DROP) if isinstance(rule.verdict, Undecided) else (DROP, ACCEPT)
             for conditions in either:
                 yield Line((*conditions, chosen), first, number=number)
                 yield Line(tuple(conditions), second, number=number)
@@ -301,7 +302,7 @@ class _Reader:
                 return terminal, "", False
             case Final():
                 return _FINAL[rule.verdict], "", False
-            case None | Undecided():
+            case None | Undecided() | SetDscp():
                 raise AssertionError("read before")
 
 

@@ -7,14 +7,15 @@ with `lower` or the backends but value types. The first clause that holds decide
 from __future__ import annotations
 
 from collections.abc import Container, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from fwcompiler.addresses import LOOPBACK, Addresses, address_text, covers, range_text
 from fwcompiler.diagnostics import Position
+from fwcompiler.options import ResolvedLimit
 from fwcompiler.ports import PROTOCOLS, Ports, port_text
 from fwcompiler.proof.fields import Packet
-from fwcompiler.ruleset import Limit, State
+from fwcompiler.ruleset import Limit, Period, State
 
 if TYPE_CHECKING:
     from fwcompiler.resolve import Resolved, ResolvedService
@@ -31,11 +32,22 @@ _ICMP: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {
 
 
 @dataclass(frozen=True, slots=True)
+class Over:
+    """The source has exceeded `rate` packets per `per` (after `burst` at once), as counted under `name`."""
+
+    name: str
+    rate: int
+    per: Period
+    burst: int
+
+
+@dataclass(frozen=True, slots=True)
 class Clause:
     """One sentence of the meaning. A field that is None says nothing; all others have to hold.
 
     `dynamic` names groups whose members at run time hold as well as `source`; `spared` those whose members at run
-    time do not, nor does `spared_source`. With a `limit`, it holds only while the limit is not exhausted.
+    time do not, nor does `spared_source`. Packets to `spared_ports` are not meant. With a `limit`, it holds only while
+    the limit is not exhausted; with `over`, only for a source that has exceeded its own.
     """
 
     verdict: Verdict
@@ -52,10 +64,14 @@ class Clause:
     dynamic: tuple[str, ...] = ()
     spared: tuple[str, ...] = ()
     spared_source: Addresses | None = None
+    spared_ports: Ports | None = None
     limit: Limit | None = None
+    over: Over | None = None
 
     def holds(self, packet: Packet) -> bool:
-        """True when every field that says something agrees with the packet."""
+        """True when every field that says something agrees with the packet. A limit by source counts as not exceeded."""
+        if self.over is not None or (self.spared_ports is not None and _to_ports(self.spared_ports, packet)):
+            return False
         if self.loopback is not None and self.loopback != (packet.interface == "lo"):
             return False
         if self.source is not None and (packet.version, packet.source) not in self.source:
@@ -87,15 +103,16 @@ def clauses(policy: Resolved) -> tuple[Clause, ...]:
     """The whole meaning of a policy, in order; the last clause holds for every packet."""
     early = [s for s in policy.services if s.early]
     late = [s for s in policy.services if not s.early]
+    untracked = next((s.ports[0] for s in policy.services if s.options.bypass), None)
     return (
         Clause("accept", "the loopback interface is open", loopback=True),
         Clause("drop", "a loopback address may not come from outside", source=_LOOPBACK),
         Clause("drop", "a loopback address may not be reached from outside", destination=_LOOPBACK),
         *_block(policy),
         *_trust(policy),
-        Clause("drop", "connection tracking finds the packet invalid", states=frozenset(("invalid",))),
+        Clause("drop", "connection tracking finds the packet invalid", states=frozenset(("invalid",)), spared_ports=untracked),
         *(c for s in early for c in _service(policy, s)),
-        Clause("accept", "it belongs to an established connection", states=frozenset(("established", "related"))),
+        Clause("accept", "it belongs to an established connection", states=frozenset(("established", "related")), spared_ports=untracked),
         *(c for s in late for c in _service(policy, s)),
         *_icmp(),
         Clause("drop", "no service covers it"),
@@ -128,18 +145,39 @@ def _trust(policy: Resolved) -> Iterator[Clause]:
 
 
 def _service(policy: Resolved, service: ResolvedService) -> Iterator[Clause]:
+    """Groups without a limit come first: a source that is in one of them as well is not limited."""
     name, at = service.name, service.at
+    limit = service.options.limit("anywhere")
     if service.groups is None:
+        if limit:
+            for group in policy.named:
+                yield _accept(policy, service, group, f"{group} is never limited")
+            yield replace(_over(service, limit), reason=f"{name} takes at most {limit} from each source that no service names")
         what = f"{name} is open to anywhere" + (f" ({service.expose})" if service.expose else "")
         yield Clause("accept", what, name, at, ports=service.ports)
         return
-    for group in service.groups:
-        known = policy.groups[group]
-        dynamic = (group,) if known.dynamic else ()
-        yield Clause(
-            "accept", f"{name} names the source", name, at, source=known.addresses, ports=service.ports, groups=(group,), dynamic=dynamic
-        )
+    for group in sorted(service.groups, key=lambda g: service.options.limit(g) is not None):
+        accepted = _accept(policy, service, group, f"{name} names the source")
+        limit = service.options.limit(group)
+        if limit:
+            over = _over(service, limit)
+            yield replace(over, source=accepted.source, groups=accepted.groups, dynamic=accepted.dynamic)
+        yield accepted
     yield Clause("drop", f"{name} does not name the source: it is in none of {', '.join(service.groups)}", name, at, ports=service.ports)
+
+
+def _accept(policy: Resolved, service: ResolvedService, group: str, reason: str) -> Clause:
+    known = policy.groups[group]
+    dynamic = (group,) if known.dynamic else ()
+    return Clause("accept", reason, service.name, service.at, source=known.addresses, ports=service.ports, groups=(group,), dynamic=dynamic)
+
+
+def _over(service: ResolvedService, limit: ResolvedLimit) -> Clause:
+    """Over UDP every packet counts, over TCP every new connection."""
+    states: frozenset[State] | None = frozenset(("new",)) if service.ports[0].protocol == "tcp" else None
+    over = Over(f"{service.name}.{limit.group}", limit.rate, limit.per, limit.burst)
+    reason = f"{service.name} takes at most {limit} from each source in {limit.group}"
+    return Clause("drop", reason, service.name, limit.at, ports=service.ports, states=states, over=over)
 
 
 def _icmp() -> Iterator[Clause]:

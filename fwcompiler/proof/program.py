@@ -1,13 +1,13 @@
 """Runs a neutral ruleset for whole classes of sources at once: every other field of the packet is one point.
 
-Limits are taken as not exhausted. A rule with an unknown match decides nothing for sure; what it might accept or
-drop is kept apart as `uncertain`.
+Limits are taken as not exhausted, destinations as this host's. A rule with an unknown match decides nothing for
+sure; what it might accept or drop is kept apart as `uncertain`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fwcompiler.addresses import Ranges, covers
 from fwcompiler.ports import PROTOCOLS
@@ -19,6 +19,7 @@ from fwcompiler.ruleset import (
     Family,
     Final,
     Foreign,
+    ForHost,
     Goto,
     InRanges,
     InSet,
@@ -26,10 +27,12 @@ from fwcompiler.ruleset import (
     Jump,
     Limit,
     Match,
+    OverLimit,
     PortIn,
     ProtocolIs,
     Rule,
     Ruleset,
+    SetDscp,
     State,
     StateIn,
     Translate,
@@ -55,11 +58,15 @@ class Point:
 
 @dataclass
 class Outcome:
-    """Which classes of sources a ruleset accepts, by the service that accepts them, and which it drops."""
+    """Which classes of sources a ruleset accepts, by the service that accepts them, and which it drops.
+
+    Those in `untracked` are left alone by connection tracking.
+    """
 
     accepted: dict[str, int] = field(default_factory=dict)
     dropped: dict[str, int] = field(default_factory=dict)
     uncertain: int = 0
+    untracked: int = 0
 
     def accepts(self) -> int:
         """The mask of all classes that are accepted."""
@@ -82,18 +89,32 @@ class Program:
     def run(self, point: Point, hook: str = "input") -> Outcome:
         """Send all sources through the base chains of a hook; a drop in one is final, an accept goes on to the next."""
         outcome = Outcome()
-        alive, services = self._atoms.everyone, {"": self._atoms.everyone}
+        services = {"": self._atoms.everyone}
+        parts = {point: self._atoms.everyone}
         for chain, where in base_chains(self._ruleset, hook):
             each = Outcome()
-            left = self._chain(chain, point, alive, each, 0)
-            ending = each.accepted if where.policy == "accept" else each.dropped
-            ending[""] = ending.get("", 0) | left
+            for now, mask in parts.items():
+                left = self._chain(chain, now, mask, each, 0)
+                ending = each.accepted if where.policy == "accept" else each.dropped
+                ending[""] = ending.get("", 0) | left
             for service, mask in each.dropped.items():
                 outcome.dropped[service] = outcome.dropped.get(service, 0) | mask
             outcome.uncertain |= each.uncertain
-            alive, services = each.accepts(), each.accepted
+            services = each.accepted
+            parts = self._tracked_and_not(parts, each)
+        alive = sum(parts.values())
         outcome.accepted = {s: m & alive for s, m in services.items() if m & alive}
         return outcome
+
+    def _tracked_and_not(self, parts: Mapping[Point, int], each: Outcome) -> dict[Point, int]:
+        """Behind a chain: what it let through, by whether connection tracking looks at it."""
+        found: dict[Point, int] = {}
+        for point, mask in parts.items():
+            left = mask & each.accepts()
+            for now, part in ((replace(point, state="untracked"), left & each.untracked), (point, left & ~each.untracked)):
+                if part:
+                    found[now] = found.get(now, 0) | part
+        return found
 
     def _chain(self, chain: Chain, point: Point, mask: int, outcome: Outcome, depth: int) -> int:
         """Classes that come out at the end of the chain (or by `return`)."""
@@ -114,7 +135,12 @@ class Program:
                     returned |= taken
                 case Goto(name):
                     returned |= self._call(name, point, taken, outcome, depth)
-                case Translate() | Untrack() | Undecided():
+                case Untrack():
+                    outcome.untracked |= taken
+                    continue
+                case SetDscp():
+                    continue
+                case Translate() | Undecided():
                     # Only `proof.host` follows these.
                     outcome.uncertain |= taken
                     continue
@@ -165,8 +191,10 @@ class Program:
             case TypeIn(version, types):
                 icmp = PROTOCOLS["icmp" if version == 4 else "icmpv6"]
                 return self._families[version] if point.protocol == icmp and point.icmp_type in types else 0
-            case Limit():
+            case Limit() | ForHost():
                 return everyone
+            case OverLimit():
+                return 0
             case Unknown() | Foreign():
                 return everyone
 

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from fwcompiler.proof.compose import Program, from_clauses, from_ruleset
+from fwcompiler.proof.compose import Program, from_clauses
 from fwcompiler.proof.diagram import STEPS, VERDICTS, Diagrams, StepsExceeded
+from fwcompiler.proof.host import of_host
 from fwcompiler.proof.meaning import Clause
 from fwcompiler.proof.space import (
     DESTINATION,
@@ -64,13 +65,13 @@ class Difference:
     more: bool
 
 
-def prove(clauses: Sequence[Clause], ruleset: Ruleset) -> tuple[Difference, ...]:
-    """Differences between a policy's meaning and a ruleset, by family; none: equal for all packets.
+def prove(clauses: Sequence[Clause], ruleset: Ruleset, hook: str = "input") -> tuple[Difference, ...]:
+    """Differences between a policy's meaning and what a ruleset does on the way through a hook, by family; none: equal for all packets.
 
     Raises:
         StepsExceeded: the ruleset is beyond what can be decided.
     """
-    found = (differ(from_clauses(clauses, version), from_ruleset(ruleset, version), version) for version in FAMILIES)
+    found = (differ(from_clauses(clauses, version), of_host(ruleset, version, hook), version) for version in FAMILIES)
     return tuple(d for d in found if d is not None)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fwcompiler.addresses import covers
+from fwcompiler.foreign import LOCAL
 from fwcompiler.ports import PROTOCOLS
-from fwcompiler.proof.compose import base_chains, limit_text
+from fwcompiler.proof.compose import base_chains, limit_text, over_text
 from fwcompiler.proof.fields import Packet
 from fwcompiler.ruleset import (
     AddressSet,
@@ -15,6 +16,7 @@ from fwcompiler.ruleset import (
     Family,
     Final,
     Foreign,
+    ForHost,
     Goto,
     InRanges,
     InSet,
@@ -22,10 +24,12 @@ from fwcompiler.ruleset import (
     Jump,
     Limit,
     Match,
+    OverLimit,
     PortIn,
     ProtocolIs,
     Rule,
     Ruleset,
+    SetDscp,
     StateIn,
     Translate,
     TypeIn,
@@ -56,8 +60,8 @@ class Decision:
 def trace(ruleset: Ruleset, packet: Packet, hook: str = "input", given: Mapping[str, bool] | None = None) -> Decision:
     """Run all base chains of a hook in order; a drop in one is final, an accept goes on to the next.
 
-    Limits count as not exhausted, members of dynamic sets are those that were read, unless ``given`` says otherwise, by the
-    names that the prover has for these (`Space.atoms`).
+    Limits count as not exhausted, destinations as this host's, members of dynamic sets are those that were read, unless
+    ``given`` says otherwise, by the names that the prover has for these (`Space.atoms`).
     """
     runner = _Trace(ruleset, packet, given or {})
     last = Decision("accept")
@@ -83,13 +87,15 @@ class _Trace:
             if not all(self._holds(m) for m in rule.matches):
                 continue
             unknown = next((_name(m) for m in rule.matches if isinstance(m, Unknown | Foreign)), "")
-            if isinstance(rule.verdict, Translate | Untrack | Undecided):
+            if isinstance(rule.verdict, Translate | Undecided):
                 unknown = unknown or str(rule.verdict)
             if unknown:
                 self.unsure = self.unsure or unknown
                 continue
             match rule.verdict:
-                case None | Translate() | Untrack() | Undecided():
+                case Untrack():
+                    self._packet = replace(self._packet, state="untracked")
+                case None | SetDscp() | Translate() | Undecided():
                     continue
                 case Final.RETURN:
                     return None
@@ -123,6 +129,10 @@ class _Trace:
                 return packet.version == version and packet.protocol == number and packet.icmp_type in types
             case Limit():
                 return self._given.get(limit_text(match), True)
+            case OverLimit():
+                return self._given.get(over_text(match), False)
+            case ForHost():
+                return self._given.get(LOCAL, True)
             case Unknown() | Foreign():
                 return True
 

@@ -17,6 +17,7 @@ from fwcompiler.ruleset import (
     Chain,
     Family,
     Final,
+    ForHost,
     Goto,
     InRanges,
     InSet,
@@ -24,12 +25,15 @@ from fwcompiler.ruleset import (
     Jump,
     Limit,
     Match,
+    OverLimit,
     PortIn,
     ProtocolIs,
     Rule,
+    SetDscp,
     StateIn,
     TypeIn,
     Unknown,
+    Untrack,
     Verdict,
 )
 
@@ -78,7 +82,11 @@ def _service(service: ResolvedService) -> str:
     who = "anywhere" if service.groups is None else ", ".join(service.groups)
     when = "before" if service.early else "after"
     exposed = f" (exposed: {service.expose})" if service.expose else ""
-    return f"service {service.name} {', '.join(service.port_texts())}: {service.kind}, {when} established, from {who}{exposed}"
+    options = [f"limit {each.group} {each}" for each in service.options.limits]
+    options += ["past connection tracking"] if service.options.bypass else []
+    options += [f"marked {service.options.dscp}"] if service.options.dscp is not None else []
+    rest = f"; {'; '.join(options)}" if options else ""
+    return f"service {service.name} {', '.join(service.port_texts())}: {service.kind}, {when} established, from {who}{exposed}{rest}"
 
 
 def _set(each: AddressSet) -> str:
@@ -115,6 +123,10 @@ def _verdict(verdict: Verdict) -> str:
             return f" goto {chain}"
         case Jump(chain):
             return f" jump {chain}"
+        case Untrack():
+            return " untracked, go on"
+        case SetDscp(value):
+            return f" mark {value}, go on"
         case None:
             return " go on"
 
@@ -140,5 +152,9 @@ def _match(match: Match) -> str:
             return f"{'icmp' if version == 4 else 'icmpv6'} type {', '.join(map(str, types))}"
         case Limit(rate, per, burst):
             return f"at most {rate} a {per}, {burst} at once"
+        case OverLimit(version, name, rate, per, burst):
+            return f"IPv{version} source over {rate} a {per}, {burst} at once, as {name}"
+        case ForHost():
+            return "for this host"
         case Unknown(text):
             return f"unknown {text}"

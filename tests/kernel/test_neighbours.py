@@ -203,15 +203,19 @@ def foreign(found: dict[str, str]) -> dict[str, list[str]]:
         kept = re.sub(r"^table inet fwc \{.*?^\}$", "", text, flags=re.M | re.S)
         kept = re.sub(r"^\tchain FWC-.*?^\t\}$", "", kept, flags=re.M | re.S)
         # The jump of iptables-nft makes a table and built-in chains; empty ones are nobody's.
-        kept = re.sub(r"^\tchain (INPUT|FORWARD|OUTPUT) \{ # handle \d+\n\t\ttype .*\n(.*jump FWC-.*\n)?\t\}$", "", kept, flags=re.M)
-        kept = re.sub(r"^table ip6? filter \{ # handle \d+\s*\}$", "", kept, flags=re.M)
+        kept = re.sub(
+            r"^\tchain (PREROUTING|INPUT|FORWARD|OUTPUT) \{ # handle \d+\n\t\ttype .*\n(.*jump FWC-.*\n)?\t\}$", "", kept, flags=re.M
+        )
+        kept = re.sub(r"^table ip6? (filter|raw) \{ # handle \d+\s*\}$", "", kept, flags=re.M)
         lines = [line for line in kept.splitlines() if line and not OURS.search(line)]
-        left[name] = [] if lines == EMPTY_TABLE else lines
+        if name.endswith("-nft"):
+            lines = re.sub(EMPTY_TABLE, "", "\n".join((*lines, "")), flags=re.M).splitlines()
+        left[name] = lines
     return left
 
 
-OURS = re.compile(r"^(:FWC-|-A FWC-|-A INPUT -j FWC-|(create|add) fwc-|\t\t.*jump FWC-)")
-EMPTY_TABLE = ["*filter", ":INPUT ACCEPT [0:0]", ":FORWARD ACCEPT [0:0]", ":OUTPUT ACCEPT [0:0]", "COMMIT"]
+OURS = re.compile(r"^(:FWC-|-A FWC-|-A (INPUT|PREROUTING) -j FWC-|(create|add) fwc-|\t\t.*jump FWC-)")
+EMPTY_TABLE = r"^\*(filter|raw)\n(:[A-Z]+ ACCEPT \[0:0\]\n)+COMMIT\n"
 
 
 def break_ours(host: Host) -> None:

@@ -7,9 +7,10 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 
 from fwcompiler.addresses import Range
-from fwcompiler.proof.compose import from_ruleset
+from fwcompiler.foreign import LOCAL
 from fwcompiler.proof.diagram import VERDICTS, Diagrams
 from fwcompiler.proof.fields import Packet
+from fwcompiler.proof.host import of_host
 from fwcompiler.proof.meaning import Clause
 from fwcompiler.proof.prove import ORDERS
 from fwcompiler.proof.space import (
@@ -47,7 +48,7 @@ class Diagram:
     """The prover's diagram of a ruleset for one family, walked down for single packets."""
 
     def __init__(self, ruleset: Ruleset, version: int) -> None:
-        program = from_ruleset(ruleset, version)
+        program = of_host(ruleset, version)
         self._space = make_space(version, program.conditions())
         fields = (*ORDERS[0], *range(FIRST_ATOM, FIRST_ATOM + len(self._space.atoms)))
         self._diagrams = Diagrams({number: self._space.everything(number) for number in fields})
@@ -57,7 +58,7 @@ class Diagram:
         self._members = {f"source is a member of {s.name}": {a for a, _ in s.members} for s in ruleset.sets if s.dynamic}
 
     def verdict(self, packet: Packet) -> str:
-        """Where the packet ends; limits count as not exhausted."""
+        """Where the packet ends; limits count as not exhausted, destinations as this host's."""
         node = self._root
         while node >= 0:
             level, edges = self._diagrams.nodes[node]
@@ -78,8 +79,10 @@ class Diagram:
 
     def _atom(self, text: str, packet: Packet) -> bool:
         text = text.split(" (", maxsplit=1)[0]
-        if text.startswith("limit "):
+        if text.startswith("limit ") or text == LOCAL:
             return True
+        if text.startswith("the source exceeds "):
+            return False
         return packet.source in self._members[text]
 
 

@@ -61,7 +61,7 @@ class TestNames:
         assert len(kernel) <= 31
         assert kernel.startswith("fwc-")
 
-    @given(NAMES, st.sampled_from(("", "service.")))
+    @given(NAMES, st.sampled_from(("", "service.", "early.")))
     def test_chains(self, name: str, kind: str) -> None:
         """A chain's name comes back from its kernel name, which fits into 28 characters."""
         assert neutral_chain(chain_name(kind + name)) == kind + name
