@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from fwcompiler.addresses import LAST, LOOPBACK, Addresses, Ranges, address_text, covers, merged, range_text, subtract
 from fwcompiler.ports import PROTOCOLS, WITH_PORTS, port_text
-from fwcompiler.proof.compose import limit_text, member_text
+from fwcompiler.proof.compose import limit_text, member_text, over_text
 from fwcompiler.proof.fields import ECHO_REQUEST, Packet
 from fwcompiler.proof.meaning import Explanation, clauses, explain
 from fwcompiler.proof.prove import Box, Difference
@@ -114,7 +114,8 @@ def _explained(policy: Resolved, packet: Packet, given: Mapping[str, bool]) -> E
         for name, g in policy.groups.items()
     }
     limits = {c.limit for c in clauses(policy) if c.limit and not given.get(limit_text(c.limit), True)}
-    return explain(replace(policy, groups=groups), packet, limits)
+    over = {c.over for c in clauses(policy) if c.over and given.get(over_text(c.over))}
+    return explain(replace(policy, groups=groups), packet, limits | over)
 
 
 def _kernel(verdict: str, decided: Decision) -> str:

@@ -68,9 +68,11 @@ class Clause:
     limit: Limit | None = None
     over: Over | None = None
 
-    def holds(self, packet: Packet) -> bool:
-        """True when every field that says something agrees with the packet. A limit by source counts as not exceeded."""
-        if self.over is not None or (self.spared_ports is not None and _to_ports(self.spared_ports, packet)):
+    def holds(self, packet: Packet, exhausted: Container[Limit | Over] = ()) -> bool:
+        """True when every field that says something agrees with the packet, and no limit is exhausted but these."""
+        if self.limit in exhausted or (self.over is not None and self.over not in exhausted):
+            return False
+        if self.spared_ports is not None and _to_ports(self.spared_ports, packet):
             return False
         if self.loopback is not None and self.loopback != (packet.interface == "lo"):
             return False
@@ -198,15 +200,15 @@ class Explanation:
     steps: tuple[str, ...]
 
 
-def explain(policy: Resolved, packet: Packet, exhausted: Container[Limit] = ()) -> Explanation:
+def explain(policy: Resolved, packet: Packet, exhausted: Container[Limit | Over] = ()) -> Explanation:
     """Decide one packet and say why: the clause that decides, and where the source's address comes from.
 
-    ``exhausted``: limits that hold no longer.
+    ``exhausted``: limits that are used up.
     """
     source = address_text(packet.version, packet.source)
     steps = [f"{source} -> {_target(packet)}, {packet.state}, in {packet.interface}"]
     steps += _spared(policy, packet, source)
-    decided = next(c for c in clauses(policy) if c.limit not in exhausted and c.holds(packet))
+    decided = next(c for c in clauses(policy) if c.holds(packet, exhausted))
     reason = decided.reason
     for name in decided.groups:
         at = policy.groups[name].where(packet.version, packet.source)

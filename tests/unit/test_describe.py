@@ -46,7 +46,7 @@ def test_a_group_is_named() -> None:
 
     assert one.packets.startswith("from carriers (198.51.100.16/28) to udp/5060, ")
     assert one.policy == "accept: sip names the source: 198.51.100.16 is in carriers (198.51.100.16/28, policy.yaml:4:5) (policy.yaml:18:3)"
-    assert one.kernel == "drops them in chain service.sip: everything: drop (sip)"
+    assert one.kernel == "drops them in chain early.sip: for this host: drop (sip)"
     assert str(one).endswith("for example 198.51.100.16 -> udp/5060, new, in eth0")
 
 
@@ -58,7 +58,7 @@ def test_members_at_run_time_are_told() -> None:
     for each in told:
         assert "source is a dynamic member of agents" in each.packets
         assert each.policy.startswith("accept: sip names the source")
-        assert each.kernel.startswith("drops them in chain service.sip")
+        assert each.kernel.startswith("drops them in chain early.sip")
 
 
 def test_most_addresses_are_told_by_what_is_missing() -> None:
