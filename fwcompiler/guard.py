@@ -219,16 +219,11 @@ def _remedy(visitor: Visitor, packet: Packet, policy: Resolved, texts: Mapping[s
         return f"the server is at tcp/{packet.port}: write `ports: [{ports}]` at `ssh` ({service.at})"
     if not service.groups:
         return f"the address is blocked: name a group with {address} in `except` of `block`"
-    if policy.block and not set(service.groups) & set(policy.block.excepted) and packet_is_blocked(policy, packet):
+    blocked = policy.block is not None and (packet.version, packet.source) in policy.addresses(policy.block.groups)
+    groups = [g for g in service.groups if not blocked or (policy.block and g in policy.block.excepted)]
+    if not groups:
         return f"the address is blocked: name one of {', '.join(service.groups)} in `except` of `block`, with {address} in it"
-    name = next((g for g in service.groups if policy.groups[g].inline), service.groups[0])
-    return _new_entry(name, address, policy, texts)
-
-
-def packet_is_blocked(policy: Resolved, packet: Packet) -> bool:
-    """True where the block list has the source."""
-    assert policy.block is not None
-    return (packet.version, packet.source) in policy.addresses(policy.block.groups)
+    return _new_entry(next((g for g in groups if policy.groups[g].inline), groups[0]), address, policy, texts)
 
 
 def _new_entry(name: str, address: str, policy: Resolved, texts: Mapping[str, str]) -> str:
