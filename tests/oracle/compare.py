@@ -13,12 +13,13 @@ import kernelspace
 import yaml
 from oracle.machine import Machine, machine
 from oracle.packets import Members, joined, member_commands, members, packets, with_members
-from oracle.reading import Diagram, meant
+from oracle.reading import Diagram, is_for_several, meant
 from oracle.wire import Probe
 from property.strategies import resolved
 
 from fwcompiler.addresses import address_text
 from fwcompiler.backend import Backend
+from fwcompiler.foreign import LOCAL
 from fwcompiler.kernel import observe, runner
 from fwcompiler.lower import lower
 from fwcompiler.plan import make_plan, with_contents
@@ -145,7 +146,8 @@ class Bench:
                 assert through is None, f"{probe} arrives only where there are rules"
                 continue
             packet = probe.packet(state)
-            clause, decision = meant(meaning, packet), trace(held, packet)
+            clause = meant(meaning, packet)
+            decision = trace(held, packet, given={LOCAL: not is_for_several(packet)})
             said = (clause.verdict, decision.verdict, diagrams[packet.version].verdict(packet), "accept" if through else "drop")
             self._count(clause, packet)
             if len(set(said)) > 1 or decision.unsure:

@@ -42,6 +42,7 @@ Edit = Callable[[str], str]
 class Mutation:
     """One kind. `nft` edits the nft file; `iptables` names a file (`ipset`, `v4`, `v6`) and edits that.
 
+    `early`: a mistake in the chains before connection tracking.
     `refused`: no kernel takes it, so it never comes to a proof. `same`, by form: why it changes no packet's fate there.
     `unseen`: why no packet that can be sent shows it.
     """
@@ -49,6 +50,7 @@ class Mutation:
     name: str
     nft: Edit
     iptables: tuple[str, Edit]
+    early: bool = False
     refused: bool = False
     same: Mapping[str, str] | None = None
     unseen: str = ""
@@ -270,5 +272,37 @@ MUTATIONS = (
         moved(_SIP, _SSH),
         ("v4", moved("--dport 5060", "--dport 22 ")),
         same=dict.fromkeys(("nft", "iptables"), "no packet goes to both"),
+    ),
+    Mutation("a group dropped early", gone(r"\t\tip saddr @carriers.v4 accept"), ("v4", gone("FWC-e.sip .*fwc-carriers4")), early=True),
+    Mutation("dynamic members dropped early", gone(r"@agents.dynamic.v6 accept"), ("v6", gone("FWC-e.sip .*fwc-agents~6")), early=True),
+    Mutation(
+        "trusted sources dropped early", gone(r"\t\tip6 saddr @cluster.v6 accept"), ("v6", gone("FWC-e.sip .*fwc-cluster6")), early=True
+    ),
+    Mutation("loopback dropped early", gone('iif "lo" accept'), ("v4", gone("FWC-early -i lo")), early=True),
+    Mutation(
+        "another port dropped early",
+        sub("udp dport 5060 goto early", "tcp dport 443 goto early"),
+        ("v4", sub("(FWC-early) -p udp -m udp --dport 5060", r"\1 -p tcp -m tcp --dport 443")),
+        early=True,
+    ),
+    Mutation(
+        "everybody dropped early",
+        sub("(priority -300; policy) accept", r"\1 drop"),
+        ("v6", added("-A FWC-e.sip", "-A FWC-early -j DROP")),
+        early=True,
+    ),
+    Mutation(
+        "strangers not dropped early",
+        gone("udp dport 5060 goto early"),
+        ("v4", gone("FWC-early -p udp -m udp --dport 5060")),
+        early=True,
+        same=dict.fromkeys(("nft", "iptables"), "the input chain drops them as well"),
+    ),
+    Mutation(
+        "blocked sources not dropped early",
+        gone("@block.v6 fib"),
+        ("v6", gone("FWC-early .*fwc-block6")),
+        early=True,
+        same=dict.fromkeys(("nft", "iptables"), "the input chain drops them as well"),
     ),
 )

@@ -19,6 +19,8 @@ from fwcompiler.resolve import Resolved
 from fwcompiler.ruleset import Ruleset
 
 HOST = {4: 0xC6120001, 6: (0x20010002 << 96) + 1}
+SEVERAL = {4: (0xE0000001, 0xFFFFFFFF), 6: ((0xFF02 << 112) + 1,)}
+"""Addresses of more than this host: multicast, broadcast (RFC 1112, RFC 919, RFC 4291)."""
 PROTOCOLS = {4: (ICMP, ICMPV6, 47, 50, 112, 132, 253), 6: (ICMP, ICMPV6, 47, 112, 132, 253)}
 """Besides TCP and UDP. Protocol numbers that are extension headers of IPv6 mean something else there."""
 TYPES = (0, 1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 13, 17, *range(127, 138), 143, 144, 160)
@@ -108,7 +110,7 @@ def _packet(borders: Borders, random: Random, own_port: int) -> Probe:
     version = random.choice((4, 6))
     protocol = random.choice((TCP, TCP, UDP, UDP, ICMP if version == 4 else ICMPV6, random.choice(PROTOCOLS[version])))
     ports = protocol in (TCP, UDP)
-    destination = HOST[version] if random.random() < 0.7 else _address(borders, random, version)
+    destination = HOST[version] if random.random() < 0.7 else random.choice((_address(borders, random, version), *SEVERAL[version]))
     return Probe(
         version,
         _address(borders, random, version),

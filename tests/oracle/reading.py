@@ -6,7 +6,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 
-from fwcompiler.addresses import Range
+from fwcompiler.addresses import LAST, MULTICAST, Range, covers
 from fwcompiler.foreign import LOCAL
 from fwcompiler.proof.diagram import VERDICTS, Diagrams
 from fwcompiler.proof.fields import Packet
@@ -44,6 +44,12 @@ def meant(clauses: Sequence[Clause], packet: Packet) -> Clause:
     return next(c for c in clauses if c.holds(packet))
 
 
+def is_for_several(packet: Packet) -> bool:
+    """A multicast or broadcast packet: the host takes it, but no address of its own is meant (`fib daddr type`)."""
+    destination = packet.destination or 0
+    return covers((MULTICAST[packet.version],), destination) or (packet.version == 4 and destination == LAST[4])
+
+
 class Diagram:
     """The prover's diagram of a ruleset for one family, walked down for single packets."""
 
@@ -58,7 +64,7 @@ class Diagram:
         self._members = {f"source is a member of {s.name}": {a for a, _ in s.members} for s in ruleset.sets if s.dynamic}
 
     def verdict(self, packet: Packet) -> str:
-        """Where the packet ends; limits count as not exhausted, destinations as this host's."""
+        """Where the packet ends; limits count as not exhausted, members are those that were read."""
         node = self._root
         while node >= 0:
             level, edges = self._diagrams.nodes[node]
@@ -79,7 +85,9 @@ class Diagram:
 
     def _atom(self, text: str, packet: Packet) -> bool:
         text = text.split(" (", maxsplit=1)[0]
-        if text.startswith("limit ") or text == LOCAL:
+        if text == LOCAL:
+            return not is_for_several(packet)
+        if text.startswith("limit "):
             return True
         if text.startswith("the source exceeds "):
             return False

@@ -68,12 +68,13 @@ def form(backend: Backend) -> str:
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_the_unmutated_text_is_right(bare: Machine, name: str) -> None:
+@pytest.mark.parametrize("ruleset", [LOWERED, ALONE], ids=["whole", "input"])
+def test_the_unmutated_text_is_right(bare: Machine, name: str, ruleset: Ruleset) -> None:
     """The text that the mutations start from is proven equal: what is caught below is the mutation."""
     del bare
     backend = load(name)
     with kernelspace.namespace() as space, space.entered():
-        load_text(backend, backend.render(ALONE).files)
+        load_text(backend, backend.render(ruleset).files)
 
         assert prove(clauses(FULL), read(backend)) == ()
 
@@ -83,7 +84,7 @@ def test_the_unmutated_text_is_right(bare: Machine, name: str) -> None:
 def test_mutation(bare: Machine, name: str, mutation: Mutation) -> None:
     """The prover finds every mutation that changes a packet's fate; its packets fare as it says, and it finds no other."""
     backend = load(name)
-    files = mutation.apply(backend.render(ALONE).files)
+    files = mutation.apply(backend.render(LOWERED if mutation.early else ALONE).files)
     with machine() as ruled, ruled.space.entered():
         if mutation.refused:
             with pytest.raises(kernelspace.KernelSaysNo):

@@ -58,6 +58,16 @@ POLICY: dict[str, Any] = {
 }
 
 
+WITH_OPTIONS: dict[str, Any] = {
+    **WHOLE,
+    "services": {
+        **WHOLE["services"],
+        "sip": {"from": ["carriers", "agents"], "limit": {"agents": "1000/s burst 5000"}, "dscp": "cs3"},
+        "rtp": {"from": "anywhere", "conntrack": "bypass", "dscp": "ef"},
+    },
+}
+
+
 @pytest.fixture(autouse=True)
 def kernel(kernel_allowed: bool) -> None:
     """Skips where this user may not make network namespaces."""
@@ -108,7 +118,8 @@ def test_nobody_disagrees(pair: Bench, pytestconfig: pytest.Config) -> None:
     @given(cases())
     @example(Case(WHOLE, 1))
     @example(Case(WHOLE, 2, POLICY))
-    @example(Case(WHOLE, 3))
+    @example(Case(WITH_OPTIONS, 3))
+    @example(Case(WHOLE, 4, WITH_OPTIONS))
     def run(case: Case) -> None:
         wrong = pair.try_policy(case, PER_POLICY)
         if wrong:

@@ -107,7 +107,27 @@ def documents(draw: Callable[..., Any]) -> dict[str, Any]:
             document["block"]["except"] = draw(st.just([]) | some)
     if draw(st.booleans()):
         document["trust"] = draw(some)
+    draw(options(document))
     return document
+
+
+@st.composite
+def options(draw: Callable[..., Any], document: dict[str, Any]) -> None:
+    """Gives some services of a policy what they may say beyond who reaches them.
+
+    Limits are so high that no test's packets reach them.
+    """
+    cluster = {g for name, s in document["services"].items() for g in s["from"] if name in CATALOGUE and CATALOGUE[name].kind == "cluster"}
+    spared = cluster | set(document.get("trust", ()))
+    for name, service in document["services"].items():
+        protocols = {text.partition("/")[0] for text in service.get("ports", ())} or {p.protocol for p in CATALOGUE[name].ports}
+        sources = ["anywhere"] if service["from"] == "anywhere" else [g for g in service["from"] if g not in spared]
+        if protocols in ({"tcp"}, {"udp"}) and sources and draw(st.integers(0, 3)) == 0:
+            service["limit"] = {draw(st.sampled_from(sources)): "1000/s burst 5000"}
+        if name == "rtp" and draw(st.booleans()):
+            service["conntrack"] = "bypass"
+        if protocols <= {"tcp", "udp"} and draw(st.integers(0, 3)) == 0:
+            service["dscp"] = draw(st.sampled_from(("ef", "cs3", 46)))
 
 
 def resolved(document: dict[str, Any]) -> Resolved:
