@@ -58,7 +58,7 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Where two programs differ for one family; `boxes` are the largest found, `more` says that there are others."""
+    """Where two programs differ for one family; `boxes` are the largest found, the plainest first; `more` says that there are others."""
 
     space: Space
     boxes: tuple[Box, ...]
@@ -101,7 +101,7 @@ def differ(first: Program, second: Program, version: int, within: Sequence[Condi
             box = differing.widened(whole, *differing.path(left))
             boxes.append(box)
             left = differing.without(left, box)
-        return Difference(space, tuple(boxes), left != AGREE)
+        return Difference(space, tuple(sorted(boxes, key=_asks)), left != AGREE)
 
 
 @contextmanager
@@ -125,6 +125,11 @@ def _build(first: Program, second: Program, space: Space) -> tuple[Diagrams, int
         except StepsExceeded:
             continue
     raise StepsExceeded
+
+
+def _asks(box: Box) -> tuple[int, int]:
+    """What a box is about, for telling the plainest first: what no packet shows, then fields."""
+    return sum(number >= FIRST_ATOM for number in box.masks), len(box.masks)
 
 
 AGREE = -5

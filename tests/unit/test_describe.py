@@ -26,9 +26,9 @@ POLICY: dict[str, Any] = {
 }
 
 
-def found(change: Any) -> list[CounterExample]:
+def found(change: Any, document: dict[str, Any] = POLICY) -> list[CounterExample]:
     """What is said of the compiled policy with every rule sent through `change`, which returns the rules in its place."""
-    policy = resolved(POLICY)
+    policy = resolved(document)
     ruleset = lower(policy)
     chains = tuple(Chain(c.name, tuple(r for rule in c.rules for r in change(c.name, rule)), c.hook) for c in ruleset.chains)
     changed = replace(ruleset, chains=chains)
@@ -67,6 +67,16 @@ def test_most_addresses_are_told_by_what_is_missing() -> None:
 
     assert first.packets.startswith("from any IPv4 address but bad (192.0.2.0/24, 198.18.0.0/15), agents (203.0.113.0/24), carriers (")
     assert first.kernel == "accepts them in chain service.sip: everything: accept"
+
+
+def test_the_plainest_comes_first() -> None:
+    """Of several boxes the first says no more than who and where; what hangs on members at run time comes behind."""
+    document = {**POLICY, "services": {**POLICY["services"], "ssh": {"from": ["carriers"]}}}
+    told = found(lambda name, rule: [Rule((), Final.ACCEPT), rule] if name == "service.ssh" else [rule], document)
+    first, *others = [e.packets for e in told if e.packet.version == 4]
+
+    assert first == "from any IPv4 address but bad (192.0.2.0/24, 198.18.0.0/15), carriers (198.51.100.16/28) to tcp/22"
+    assert [text for text in others if "dynamic member" in text]
 
 
 def test_an_exhausted_limit_is_told() -> None:
