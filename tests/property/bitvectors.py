@@ -154,7 +154,7 @@ def _tracked(hook: Hook) -> bool:
     return hook.kind == "nat" or hook.name not in ("prerouting", "output") or hook.priority > -200
 
 
-def holds(match: Match, p: Fields, sets: Mapping[str, Ranges | None], hook: str) -> Bool:  # noqa: PLR0912 - a case a match
+def holds(match: Match, p: Fields, sets: Mapping[str, Ranges | None], hook: str) -> Bool:
     """Whether a match holds for a packet at a hook."""
     match match:
         case InSet(_, _, version) | InRanges(_, version) | Family(version) | TypeIn(version) if version != p.version:
