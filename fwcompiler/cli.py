@@ -78,33 +78,64 @@ def common_first(arguments: list[str]) -> list[str]:
     return [*common, *rest]
 
 
-def restore_options(arguments: list[str]) -> dict[str, str] | None:
-    """The common options of a plain `restore`, flags with an empty value; None for any other command line.
-
-    A host waits for it at boot, so it goes without typer and pydantic, which take longer to import than it takes to run.
-    """
+def plain(arguments: list[str]) -> tuple[dict[str, str], list[str]] | None:
+    """Common options, flags with an empty value, and what follows them; None where there are others in front of the command."""
     found: dict[str, str] = {}
     words = list(arguments)
-    while words and words[0] != "restore":
+    while words and words[0].startswith("-"):
         name, equals, value = words.pop(0).partition("=")
         if name in WITH_VALUE and (equals or words):
             found[name] = value if equals else words.pop(0)
-        elif name in FLAGS:
+        elif name in FLAGS and not equals:
             found[name] = ""
         else:
             return None
-    return found if words == ["restore"] else None
+    return found, words
+
+
+def member_words(words: list[str]) -> tuple[str, str, str, str | None, str] | None:
+    """`allow GROUP ADDR [--for TIME] [--reason TEXT]` or `revoke GROUP ADDR` as command, group, address, time, reason.
+
+    None for any other command line, mistakes included: typer has the words for those.
+    """
+    takes = ("--for", "--reason") if words[:1] == ["allow"] else ()
+    options: dict[str, str] = {}
+    given: list[str] = []
+    queue = list(words)
+    while queue:
+        word = queue.pop(0)
+        name, equals, value = word.partition("=")
+        if not word.startswith("-"):
+            given.append(word)
+        elif name in takes and (equals or queue):
+            options[name] = value if equals else queue.pop(0)
+        else:
+            return None
+    if len(given) != 3 or given[0] not in ("allow", "revoke"):
+        return None
+    command, group, address = given
+    return command, group, address, options.get("--for"), options.get("--reason", "")
 
 
 def _command(arguments: list[str]) -> int:
-    options = restore_options(arguments)
-    if options is not None:
-        from fwcompiler.restore import run as restore
+    """Run a command. A host waits for `restore` at boot and an agent for `allow`: they go without typer and pydantic, which take
+    longer to import than it takes to run.
+    """
+    options, words = plain(arguments) or ({}, [])
+    members = member_words(words)
+    if words == ["restore"] or members:
         from fwcompiler.state import StateDir
 
         netns = options.get("--netns")
         state = StateDir.of(options.get("--state-dir") or os.environ.get("FWC_STATE_DIR"), netns)
-        return restore(state, netns, as_json="--json" in options, quiet="-q" in options or "--quiet" in options)
+        as_json, quiet = "--json" in options, "-q" in options or "--quiet" in options
+        if members:
+            from fwcompiler.membership import run as change_member
+
+            return change_member(*members, state, netns, options.get("--backend"), as_json=as_json, quiet=quiet)
+        from fwcompiler.restore import run as restore
+
+        return restore(state, netns, as_json=as_json, quiet=quiet)
     from fwcompiler.commands import app
 
     result = app(args=arguments, prog_name="fwc", standalone_mode=False)

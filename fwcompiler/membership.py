@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -9,6 +10,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from fwcompiler.addresses import address_text
+from fwcompiler.diagnostics import EXIT_OK
 from fwcompiler.durations import duration_text
 from fwcompiler.dynamic import MemberChange, Row, known_group, rows
 from fwcompiler.kernel import netns, runner
@@ -18,6 +20,39 @@ from fwcompiler.proof.access import Access
 if TYPE_CHECKING:
     from fwcompiler.pipeline import Host
     from fwcompiler.shapes import AccessShape, MemberChangeShape, MemberEventShape, MemberShape, MembersHistoryShape
+    from fwcompiler.state import StateDir
+
+
+def run(
+    command: str,
+    group: str,
+    address: str,
+    length: str | None,
+    reason: str,
+    state: StateDir,
+    netns: str | None,
+    backend: str | None,
+    *,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """`allow` and `revoke`; returns the exit code.
+
+    Raises:
+        Failure: as `dynamic.allow` and `dynamic.revoke`.
+    """
+    from fwcompiler import dynamic
+    from fwcompiler.choose import choose_backend
+    from fwcompiler.pipeline import Host, target
+
+    with target(netns) as namespace:
+        host = Host(choose_backend(backend, namespace, state), namespace, state)
+        change = dynamic.allow(host, group, address, length, reason) if command == "allow" else dynamic.revoke(host, group, address)
+    if as_json:
+        print(json.dumps(change_json(change), indent=2))
+    elif not quiet:
+        print(change_text(change))
+    return EXIT_OK
 
 
 def change_json(change: MemberChange) -> MemberChangeShape:

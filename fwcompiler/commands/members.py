@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from fwcompiler.commands.app import Options, app, chosen_host, print_json
+from fwcompiler.commands.app import Options, app, chosen_host, print_json, state_dir
 from fwcompiler.diagnostics import EXIT_OK
-
-if TYPE_CHECKING:
-    from fwcompiler.dynamic import MemberChange
 
 GroupName = Annotated[str, typer.Argument(metavar="GROUP", help="A group that the policy calls dynamic.")]
 Address = Annotated[str, typer.Argument(metavar="ADDR", help="One address, IPv4 or IPv6.")]
@@ -25,33 +22,21 @@ def allow(
     reason: Annotated[str, typer.Option(help="Why; it is recorded.")] = "",
 ) -> int:
     """Let an address into a dynamic group, at once; for one that is in already the time starts anew."""
-    from fwcompiler import dynamic
-
-    options: Options = context.obj
-    with chosen_host(options) as host:
-        change = dynamic.allow(host, group, address, length, reason)
-    return _shown(change, options)
+    return _run("allow", group, address, length, reason, context.obj)
 
 
 @app.command()
 def revoke(context: typer.Context, group: GroupName, address: Address) -> int:
     """Take an address out of a dynamic group, at once."""
-    from fwcompiler import dynamic
-
-    options: Options = context.obj
-    with chosen_host(options) as host:
-        change = dynamic.revoke(host, group, address)
-    return _shown(change, options)
+    return _run("revoke", group, address, None, "", context.obj)
 
 
-def _shown(change: MemberChange, options: Options) -> int:
-    from fwcompiler.membership import change_json, change_text
+def _run(command: str, group: str, address: str, length: str | None, reason: str, options: Options) -> int:
+    """What `fwc` does without this module where a command line is as expected (`fwcompiler.cli`)."""
+    from fwcompiler.membership import run
 
-    if options.json:
-        print_json(change_json(change))
-    elif not options.quiet:
-        print(change_text(change))
-    return EXIT_OK
+    state = state_dir(options)
+    return run(command, group, address, length, reason, state, options.netns, options.backend, as_json=options.json, quiet=options.quiet)
 
 
 @app.command()

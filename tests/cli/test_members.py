@@ -334,3 +334,34 @@ def test_group_that_blocks(host: Host) -> None:
     ran = host.fwc("allow", "pests", "198.18.0.9")
 
     assert (ran.code, "may no longer reach" in ran.out) == (0, True), ran
+
+
+def test_quick(tmp_path: Path, netns: str) -> None:
+    """`allow` and `revoke` as people write them go without typer and pydantic, and say what they say with them."""
+    host = Host(tmp_path, netns)
+    host.apply()
+    script = """
+import sys
+from fwcompiler import cli
+code = cli.run(sys.argv[1:])
+sys.exit(code or 10 * ("typer" in sys.modules or "pydantic" in sys.modules))
+"""
+
+    def ran(*arguments: str) -> tuple[int, str]:
+        done = subprocess.run([sys.executable, "-c", script, *host.common, *arguments], capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout
+
+    quick = ran("allow", "agents", "198.18.0.9", "--for", "2h", "--reason=home office")
+    assert quick == (0, "198.18.0.9 is in agents for 2h: it may now reach sip udp/5060\n")
+    assert ran("revoke", "agents", "198.18.0.9", "-q") == (0, "")
+    assert ran("allow", "--reason", "home office", "--for", "2h", "--", "agents", "198.18.0.9") == (10, quick[1])
+
+
+@pytest.mark.parametrize(
+    "words", [("allow", "agents"), ("allow", "agents", "198.18.0.9", "198.18.0.10"), ("revoke", "a", "b", "--for", "1h")]
+)
+def test_usage(tmp_path: Path, netns: str, words: tuple[str, ...]) -> None:
+    """A command line that is not as expected gets the usual words and exit code 2."""
+    ran = Host(tmp_path, netns).fwc(*words)
+
+    assert (ran.code, "error: " in ran.err) == (2, True)
