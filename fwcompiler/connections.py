@@ -31,6 +31,9 @@ def lost_access(before: Ruleset, after: Ruleset, change: AccessChange) -> tuple[
     """
     if not any(s.members for s in (*before.sets, *after.sets)):
         return change.lost
+    # Where the rules are the same, a member can lose what it has by a block only, and that takes its echo requests too.
+    if not change.lost and before.chains == after.chains:
+        return ()
     return compare(_with_members(before), _with_members(after)).lost
 
 

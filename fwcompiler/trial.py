@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from fwcompiler import connections
 from fwcompiler.apply import put_back
 from fwcompiler.backend import Backend, Command
 from fwcompiler.diagnostics import Failure, HostRefused
@@ -24,6 +25,7 @@ from fwcompiler.kernel import detached, runner, session
 from fwcompiler.members import Event, Journal, group_of, with_members
 from fwcompiler.pipeline import Host, observe, recorded, target
 from fwcompiler.plan import Plan, make_plan, with_static
+from fwcompiler.proof.access import compare
 from fwcompiler.records import Found, Generation, Trial
 from fwcompiler.registry import load
 from fwcompiler.ruleset import AddressSet, Ruleset
@@ -174,10 +176,14 @@ def go_back(host: Host, trial: Trial, why: str) -> None:
     """
     for backend, before in _before(host, trial):
         here = replace(host, backend=backend)
-        put_back(observe(here), before, here)
+        now = observe(here)
+        put_back(now, before, here)
         after = observe(here)
         if not make_plan(backend, after, before).in_sync if before else bool(after):
             raise HostRefused(f"{backend.name}: the kernel lists other rules than before the trial")
+        failed = connections.end(connections.lost_access(now, after, compare(now, after)), host.namespace) if after else ""
+        if failed:
+            syslog.syslog(syslog.LOG_WARNING, f"fwc: {failed}")
     host.state.end_trial(trial, why)
     disarm(trial)
 

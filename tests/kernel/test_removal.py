@@ -147,6 +147,19 @@ def fwc(host: Host, *arguments: str) -> int:  # noqa: F811
 
 
 @both_families
+def test_member_loses_its_group(host: Host, version: int) -> None:  # noqa: F811
+    """A dynamic member whose group a service no longer names loses its entry there, though no list of addresses changed."""
+    groups = "  home: {members: [], dynamic: {timeout: 1h}}\n"
+    host.apply(policy("[peers, home]", groups=groups, rest="  wss: {from: [home]}\n"))
+    assert fwc(host, "allow", "home", address_text(version, PEERS["stranger"][version])) == 0
+    flows(host, version, PORTS[0])
+    host.apply(policy("[peers]", groups=groups, rest="  wss: {from: [home]}\n"))
+
+    assert entries(host, "stranger", version, PORTS[1]) == []
+    assert len(entries(host, "one", version, PORTS[0])) == 1
+
+
+@both_families
 def test_revoked(host: Host, version: int) -> None:  # noqa: F811
     """A member that is taken out loses its entry at once, and no other; one whose time runs out loses access with the next packet."""
     home = "  home: {members: [], dynamic: {timeout: 1h}}\n"
@@ -178,6 +191,21 @@ def test_refresh_is_seen_by_packets(host: Host) -> None:  # noqa: F811
     threading.Event().wait(2.5)
     flow.client.send(b"too late")
     assert not flow.arrives(b"too late", 0.3)
+
+
+def test_trial_that_ends(host: Host) -> None:  # noqa: F811
+    """Whoever got access by a trial loses the connections made with it when the trial is rolled back."""
+    host.apply(policy("[peers]"))
+    path = host.folder / "policy.yaml"
+    path.write_text(f"version: 1\n{policy('anywhere')}", encoding="utf-8")
+    assert fwc(host, "apply", str(path), "--yes", "--confirm", "60s") == 0
+    made = flows(host, 4, PORTS[0])
+    assert fwc(host, "rollback", "--yes") == 0
+
+    assert entries(host, "stranger", 4, PORTS[1]) == []
+    assert len(entries(host, "one", 4, PORTS[0])) == 1
+    made["stranger"].client.send(b"next")
+    assert not made["stranger"].arrives(b"next", 0.3)
 
 
 def test_refused(host: Host, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:  # noqa: F811
