@@ -13,17 +13,32 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from kernel.test_packets import PEERS, Flow, Host, backend, both_families, host, kernel, listed  # noqa: F401 - three are fixtures
 from kernelspace import Space
+from livehost import PEERS, USABLE, Flow, Host, listed, live_host
 
-from fwcompiler import cli
 from fwcompiler.addresses import Addresses, address_text
 from fwcompiler.diagnostics import HostRefused
 from fwcompiler.kernel import conntrack, netlink
 from fwcompiler.kernel.conntrack import Cut
+from fwcompiler.registry import load
 
 UDP = 17
+both_families = pytest.mark.parametrize("version", [4, 6])
 PORTS = (12000, 12001)
+
+
+@pytest.fixture(autouse=True)
+def kernel(kernel_allowed: bool) -> None:
+    """Skips where this user may not make network namespaces."""
+    if not kernel_allowed:
+        pytest.skip("needs the right to make network namespaces (root)")
+
+
+@pytest.fixture(params=USABLE)
+def host(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Host]:
+    """A host without any rules yet, with each backend whose programs are here."""
+    with live_host(load(request.param), tmp_path) as made:
+        yield made
 
 
 def policy(audio: str, *, rest: str = "", groups: str = "") -> str:
@@ -33,7 +48,7 @@ def policy(audio: str, *, rest: str = "", groups: str = "") -> str:
     return f"{named}services:\n  sip: {{from: [peers, others]}}\n{service}{rest}"
 
 
-def entries(host: Host, who: str, version: int, port: int, protocol: str = "udp") -> list[str]:  # noqa: F811
+def entries(host: Host, who: str, version: int, port: int, protocol: str = "udp") -> list[str]:
     """Entries of connections that a station opened to a port, as the kernel prints them."""
     with host.net.host.entered():
         lines = Path("/proc/thread-self/net/nf_conntrack").read_text(encoding="ascii").splitlines()
@@ -48,7 +63,7 @@ def _words(address: int) -> Iterator[bytes]:
     yield from (data[i : i + 2] for i in range(0, 16, 2))
 
 
-def flows(host: Host, version: int, port: int) -> dict[str, Flow]:  # noqa: F811
+def flows(host: Host, version: int, port: int) -> dict[str, Flow]:
     """One established flow from each station, to one server socket each; ports follow one another."""
     made = {}
     for who in ("one", "stranger"):
@@ -58,7 +73,7 @@ def flows(host: Host, version: int, port: int) -> dict[str, Flow]:  # noqa: F811
 
 
 @both_families
-def test_public_becomes_restricted(host: Host, version: int) -> None:  # noqa: F811
+def test_public_becomes_restricted(host: Host, version: int) -> None:
     """A source that a public service no longer lets in loses its established flow and its entry; a peer that stays keeps both."""
     host.apply(policy("anywhere"))
     made = flows(host, version, PORTS[0])
@@ -73,7 +88,7 @@ def test_public_becomes_restricted(host: Host, version: int) -> None:  # noqa: F
 
 
 @both_families
-def test_server_opens_the_flow_again(host: Host, version: int) -> None:  # noqa: F811
+def test_server_opens_the_flow_again(host: Host, version: int) -> None:
     """A server that keeps asking its peer, as Asterisk's qualify does, opens the flow again, but nothing of the peer arrives."""
     host.apply(policy("[peers, others]"))
     flow = host.udp("two", version, PORTS[0])
@@ -101,7 +116,7 @@ def test_server_opens_the_flow_again(host: Host, version: int) -> None:  # noqa:
 
 
 @both_families
-def test_service_that_goes(host: Host, version: int) -> None:  # noqa: F811
+def test_service_that_goes(host: Host, version: int) -> None:
     """Connections to a service that is no longer in the policy end: the established rule alone would have kept them."""
     web = "  web: {ports: [tcp/8000], from: anywhere}\n"
     host.apply(policy("anywhere", rest=web))
@@ -117,7 +132,7 @@ def test_service_that_goes(host: Host, version: int) -> None:  # noqa: F811
 
 
 @both_families
-def test_access_by_another_group(host: Host, version: int) -> None:  # noqa: F811
+def test_access_by_another_group(host: Host, version: int) -> None:
     """Whoever moves to another group, is trusted from now on, or is a dynamic member keeps his entry: no packet is sent in between."""
     host.apply(policy("[peers, others]"))
     flow = host.udp("two", version, PORTS[0])
@@ -132,7 +147,7 @@ def test_access_by_another_group(host: Host, version: int) -> None:  # noqa: F81
 
     home = policy("[home]", groups="  home: {members: [], dynamic: {timeout: 1h}}\n")
     host.apply(home.replace("members: []", f"members: [{listed('two')}]"))
-    fwc(host, "allow", "home", address_text(version, PEERS["two"][version]))
+    host.fwc("allow", "home", address_text(version, PEERS["two"][version]))
     host.apply(home)
 
     assert len(entries(host, "two", version, PORTS[0])) == 1
@@ -140,18 +155,12 @@ def test_access_by_another_group(host: Host, version: int) -> None:  # noqa: F81
     assert flow.arrives(b"next")
 
 
-def fwc(host: Host, *arguments: str) -> int:  # noqa: F811
-    """Run a command on the host, as root would."""
-    with host.net.host.entered():
-        return cli.run([*arguments, "-q", "--backend", host.backend.name, "--state-dir", str(host.folder / "state")])
-
-
 @both_families
-def test_member_loses_its_group(host: Host, version: int) -> None:  # noqa: F811
+def test_member_loses_its_group(host: Host, version: int) -> None:
     """A dynamic member whose group a service no longer names loses its entry there, though no list of addresses changed."""
     groups = "  home: {members: [], dynamic: {timeout: 1h}}\n"
     host.apply(policy("[peers, home]", groups=groups, rest="  wss: {from: [home]}\n"))
-    assert fwc(host, "allow", "home", address_text(version, PEERS["stranger"][version])) == 0
+    host.fwc("allow", "home", address_text(version, PEERS["stranger"][version]))
     flows(host, version, PORTS[0])
     host.apply(policy("[peers]", groups=groups, rest="  wss: {from: [home]}\n"))
 
@@ -160,14 +169,14 @@ def test_member_loses_its_group(host: Host, version: int) -> None:  # noqa: F811
 
 
 @both_families
-def test_revoked(host: Host, version: int) -> None:  # noqa: F811
+def test_revoked(host: Host, version: int) -> None:
     """A member that is taken out loses its entry at once, and no other; one whose time runs out loses access with the next packet."""
     home = "  home: {members: [], dynamic: {timeout: 1h}}\n"
     host.apply(policy("[peers, home]", groups=home))
     stranger = address_text(version, PEERS["stranger"][version])
-    assert fwc(host, "allow", "home", stranger) == 0
+    host.fwc("allow", "home", stranger)
     made = flows(host, version, PORTS[0])
-    assert fwc(host, "revoke", "home", stranger) == 0
+    host.fwc("revoke", "home", stranger)
 
     assert entries(host, "stranger", version, PORTS[1]) == []
     assert len(entries(host, "one", version, PORTS[0])) == 1
@@ -175,15 +184,15 @@ def test_revoked(host: Host, version: int) -> None:  # noqa: F811
     assert not made["stranger"].arrives(b"next", 0.3)
 
 
-def test_refresh_is_seen_by_packets(host: Host) -> None:  # noqa: F811
+def test_refresh_is_seen_by_packets(host: Host) -> None:
     """A member that logs in again before its time is over keeps its flow beyond the first time, and loses it after the second."""
     home = "  home: {members: [], dynamic: {timeout: 1h}}\n"
     host.apply(policy("[home]", groups=home))
     two = address_text(4, PEERS["two"][4])
-    assert fwc(host, "allow", "home", two, "--for", "2s") == 0
+    host.fwc("allow", "home", two, "--for", "2s")
     flow = host.udp("two", 4, PORTS[0])
     flow.both_ways()
-    assert fwc(host, "allow", "home", two, "--for", "4s") == 0
+    host.fwc("allow", "home", two, "--for", "4s")
     threading.Event().wait(2.5)
 
     flow.client.send(b"later")
@@ -193,14 +202,14 @@ def test_refresh_is_seen_by_packets(host: Host) -> None:  # noqa: F811
     assert not flow.arrives(b"too late", 0.3)
 
 
-def test_trial_that_ends(host: Host) -> None:  # noqa: F811
+def test_trial_that_ends(host: Host) -> None:
     """Whoever got access by a trial loses the connections made with it when the trial is rolled back."""
     host.apply(policy("[peers]"))
     path = host.folder / "policy.yaml"
     path.write_text(f"version: 1\n{policy('anywhere')}", encoding="utf-8")
-    assert fwc(host, "apply", str(path), "--yes", "--confirm", "60s") == 0
+    host.fwc("apply", str(path), "--yes", "--confirm", "60s")
     made = flows(host, 4, PORTS[0])
-    assert fwc(host, "rollback", "--yes") == 0
+    host.fwc("rollback", "--yes")
 
     assert entries(host, "stranger", 4, PORTS[1]) == []
     assert len(entries(host, "one", 4, PORTS[0])) == 1
@@ -208,7 +217,7 @@ def test_trial_that_ends(host: Host) -> None:  # noqa: F811
     assert not made["stranger"].arrives(b"next", 0.3)
 
 
-def test_refused(host: Host, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_refused(host: Host, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     """Where the kernel will not delete, that is said, and the new rules stay."""
     host.apply(policy("anywhere"))
 
@@ -219,7 +228,7 @@ def test_refused(host: Host, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capt
     host.apply(policy("[peers]"))
 
     assert "the connections of sources that lost access were not ended: not today" in capfd.readouterr().err
-    assert fwc(host, "verify", str(host.folder / "policy.yaml")) == 0
+    host.fwc("verify", str(host.folder / "policy.yaml"))
 
 
 def injected(channel: netlink.Channel, version: int, count: int, port: int) -> None:
