@@ -16,6 +16,7 @@ from fwcompiler.backend import Command, Fill, SetChange, Step
 from fwcompiler.diagnostics import HostRefused
 from fwcompiler.kernel import ipset, runner
 from fwcompiler.kernel.netns import scratch
+from fwcompiler.plan import keeping_members
 from fwcompiler.ruleset import (
     AddressSet,
     Chain,
@@ -486,7 +487,7 @@ class TestUpdate:
             live = listed(backend)
             held = tuple((a, None if t is None else t * 1000) for a, t in ipset.members("fwc-agents~4"))
             live = replace(live, sets=tuple(replace(s, members=held) if s.dynamic else s for s in live.sets))
-            aim = wanted(backend, ruleset)
+            aim = keeping_members(live, wanted(backend, ruleset))
             runner.execute(backend.update(live, aim, ()))
             (five, left), forever = ipset.members(name)
 
