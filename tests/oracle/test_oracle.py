@@ -233,3 +233,23 @@ def test_saved_listings_answer_as_the_kernel_does(pair: Bench) -> None:
                     assert answer.verdict == ("accept" if through else "drop"), (answer, probe, state)
 
     run()
+
+
+def test_limits_count_each_source(pair: Bench) -> None:
+    """A source over its limit is cut off, one packet early or late; another source of its group, and groups without one, are not."""
+    services = {**WHOLE["services"], "sip": {"from": ["carriers", "agents"], "limit": {"agents": "1/h burst 5"}}}
+    policy = resolved({**WHOLE, "services": services})
+    senders = {
+        4: (0xCB007101, 0xCB007102, 0xC6336411),
+        6: ((0x20010DB8000A << 80) + 1, (0x20010DB8000A << 80) + 2, (0x20010DB80051 << 80) + 1),
+    }
+    for version, sources in senders.items():
+        with pair.loaded(lower(policy)):
+            sent = [pair.ruled.ask([Probe(version, s, HOST[version], UDP, 5060, 40000)] * 12) for s in (*sources, sources[0])]
+        through = [sum(state is not None for state in each) for each in sent]
+
+        assert through[0] in (5, 6)
+        assert through[0] == through[1]
+        assert through[2] == 12
+        assert through[3] == 0
+        assert sent[0][: through[0]] == ["new"] * through[0], "the first ones get through"
