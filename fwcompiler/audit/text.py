@@ -25,7 +25,7 @@ def audit_text(found: Audit, *, color: bool, whole: bool) -> str:
             lines += ["", _certificates(found, color)]
     if found.left_out:
         lines += [*([""] if lines else []), "not looked at"]
-        lines += [f"  {line}" for line in found.left_out]
+        lines += [f"  {_printable(line)}" for line in found.left_out]
     counts = [f"{found.count(s)} {s}{'' if found.count(s) == 1 else 's'}" for s in reversed(SEVERITIES)]
     lines += [*([""] if lines else []), f"{found.path}: {', '.join(counts)}" if found.issues else f"{found.path}: nothing found"]
     return "\n".join(lines)

@@ -67,6 +67,11 @@ def certificate_chain(address: str, port: int, name: str, authority: str | None 
 
 
 def _words(error: Exception) -> str:
+    """What went wrong, in words of ours where the other end chose the text."""
+    if isinstance(error, TimeoutError):
+        return f"no answer within {TIMEOUT:.0f} seconds"
+    if isinstance(error, http.client.HTTPException):
+        return "what answers does not talk HTTP"
     if isinstance(error, ssl.SSLError):
         return (error.reason or "TLS failed").lower().replace("_", " ")
     return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__

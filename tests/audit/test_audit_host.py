@@ -313,3 +313,16 @@ def test_the_page_opens_in_a_browser(host: Host, update_picture: bool) -> None:
     assert picture.stat().st_size > 40_000
     if update_picture:
         IMAGE.write_bytes(picture.read_bytes())
+
+
+def test_servers_that_talk_something_else(host: Host) -> None:
+    """What answers on the web ports is not believed: no garbage reaches the terminal, and TLS ports without TLS are errors."""
+    host.apply(POLICY)
+    with dialer(host.netns, host.folder) as made:
+        for port in (80, 443, 8089):
+            made.tcp(port, answer=b"\x00\x1b[31m garbage\r\n\r\n")
+        ran = audit(host)
+
+    assert "the redirect on tcp/80: what answers does not talk HTTP" in ran.out
+    assert all(f"tcp/{port}: error[certificate-none]" in ran.out for port in (443, 8089))
+    assert all(c.isprintable() or c == "\n" for c in ran.out)
