@@ -83,7 +83,7 @@ class Forward:
 
 @dataclass(frozen=True, slots=True)
 class ResolvedEdge:
-    """What the edge forwards, in the policy's order; `guarded`: restricted services with all hosts that have them.
+    """What the edge forwards, in the policy's order; `guarded`: the restricted ones of these with every host that has them.
 
     `hidden`: IPv4 addresses that go out under the edge's own. `spare`: ports for those that must not keep theirs.
     """
@@ -92,7 +92,7 @@ class ResolvedEdge:
     lan: str
     addresses: Addresses
     forwards: tuple[Forward, ...]
-    guarded: tuple[tuple[ResolvedService, tuple[ResolvedHost, ...]], ...]
+    guarded: tuple[Forward, ...]
     hidden: Addresses
     spare: Range
     at: Position
@@ -320,8 +320,9 @@ def resolved_edge(
     everything = {s.name: s for s in services}
     forwards = tuple(_forwards(plan, everything, has, report))
     behind = [h for h in hosts if h is not plan.host]
-    restricted = {f.service.name: everything[f.service.name] for f in forwards if f.service.early}
-    guarded = tuple((s, tuple(h for h in behind if has(h, name))) for name, s in restricted.items())
+    restricted = dict.fromkeys(f.service.name for f in forwards if f.service.early)
+    others = (Forward(everything[name], h, everything[name].at) for name in restricted if name != RTP for h in behind if has(h, name))
+    guarded = (*others, *(f for f in forwards if f.service.name == RTP and f.service.early))
     own = Addresses.of((a, a) for h in behind for v, a in h.addresses if v == 4)
     hidden = Addresses(merged((*intersect(own.v4, PRIVATE), *plan.networks)))
     taken = merged(span for f in forwards for p in f.service.ports for span in p.ranges)

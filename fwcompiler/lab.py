@@ -12,7 +12,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from fwcompiler.addresses import EVERYONE, LAST, LOOPBACK, MULTICAST, NOBODY, Addresses, address_text, covers, subtract
-from fwcompiler.diagnostics import PolicyRejected, Position
+from fwcompiler.diagnostics import PolicyRejected, Position, UsageError
 from fwcompiler.kernel import labprobe, runner
 from fwcompiler.kernel.labnet import Network, Station, network
 from fwcompiler.kernel.labprobe import Probe
@@ -155,8 +155,11 @@ def run_lab(compiled: Compiled, backend: Backend) -> LabResult:
 
     Raises:
         PolicyRejected: the backend cannot express something.
+        UsageError: the host is an edge.
         HostRefused: no right to make namespaces, a program is missing, or the kernel refuses.
     """
+    if compiled.resolved.edge:
+        raise UsageError("the lab tries one host that answers for itself, and an edge sends on", hint="try its hosts: --host NAME")
     started = monotonic()
     refused = backend.refuse(compiled.ruleset)
     if refused:

@@ -12,6 +12,7 @@ from typing import get_args
 
 from fwcompiler.addresses import LOOPBACK, Addresses
 from fwcompiler.diagnostics import Position
+from fwcompiler.lower_edge import edge_chains, edge_sets
 from fwcompiler.options import ResolvedLimit
 from fwcompiler.ports import PROTOCOLS
 from fwcompiler.resolve import Resolved, ResolvedGroup, ResolvedService
@@ -47,6 +48,8 @@ LOG_PREFIX = "fwc drop: "
 
 ICMP_ERRORS = (3, 11, 12)
 """Destination unreachable (PMTU among them), time exceeded, parameter problem (RFC 792, RFC 1191)."""
+ICMPV6_ERRORS = (1, 2, 3, 4)
+"""What must pass through a firewall (RFC 4890, section 4.3.1); neighbours and listeners are asked on one link only."""
 ICMPV6_NEEDED = (1, 2, 3, 4, 130, 131, 132, 133, 134, 135, 136, 143)
 """Errors and packet too big (RFC 4443), MLD (RFC 2710, RFC 3810), neighbour discovery (RFC 4861; see RFC 4890)."""
 ECHO = {4: 8, 6: 128}
@@ -71,8 +74,22 @@ def lower(policy: Resolved) -> Ruleset:
         Rule((), Final.DROP, "other"),
     )
     services = tuple(_service_chain(s, policy) for s in (*early, *late))
-    aside = (*early_chains(policy), *_untracked(policy), *_marks(policy))
-    return Ruleset((*services, *aside, Chain("input", rules, Hook("input"))), tuple(_sets(policy)))
+    aside = (*(early_chains(policy) if policy.edge is None else ()), *_untracked(policy), *_marks(policy))
+    return Ruleset((*services, *aside, *_edge(policy), Chain("input", rules, Hook("input"))), tuple(_sets(policy)))
+
+
+def _edge(policy: Resolved) -> Iterator[Chain]:
+    if policy.edge is None:
+        return
+    first = (*_block(policy), *_trust(policy))
+    icmp = (*_icmp_types(4, ICMP_ERRORS), *_icmp_types(6, ICMPV6_ERRORS))
+    last = (*icmp, Rule((LOG_LIMIT,), None, log_prefix=LOG_PREFIX), Rule((), Final.DROP, "other"))
+
+    def sources(names: Iterable[str], version: int) -> Iterator[str]:
+        for name in names:
+            yield from _set_names(policy.groups[name], version)
+
+    yield from edge_chains(policy, policy.edge, first, last, sources)
 
 
 def chain_name(service: ResolvedService) -> str:
@@ -175,7 +192,8 @@ def early_chains(policy: Resolved) -> Iterator[Chain]:
     """Drops before connection tracking, where a drop costs less and makes no entry: blocked sources, and strangers to signalling.
 
     Only what `input` would drop as well, so that nothing depends on this chain. The media, most of a dialer's packets, pay one
-    look at the port. Packets that are not for this host are not ours to drop. What goes on is counted at `input`.
+    look at the port. Packets that are not for this host are not ours to drop; at an edge nobody knows that before NAT, so an edge
+    has no such chain. What goes on is counted at `input`.
     """
     strangers = [s for s in policy.services if s.early and s.kind == "restricted" and any(p.protocol == "udp" for p in s.ports)]
     rules = (
@@ -237,9 +255,12 @@ def _port_matches(service: ResolvedService, side: Side) -> Iterator[PortIn]:
 
 
 def _icmp() -> Iterator[Rule]:
-    for version, types in ((4, ICMP_ERRORS), (6, ICMPV6_NEEDED)):
-        yield from (Rule((TypeIn(version, (number,)),), Final.ACCEPT, "icmp") for number in types)
-        yield Rule((TypeIn(version, (ECHO[version],)), ECHO_LIMIT), Final.ACCEPT, "icmp")
+    yield from (*_icmp_types(4, ICMP_ERRORS), *_icmp_types(6, ICMPV6_NEEDED))
+
+
+def _icmp_types(version: int, types: Iterable[int]) -> Iterator[Rule]:
+    yield from (Rule((TypeIn(version, (number,)),), Final.ACCEPT, "icmp") for number in types)
+    yield Rule((TypeIn(version, (ECHO[version],)), ECHO_LIMIT), Final.ACCEPT, "icmp")
 
 
 def dynamic_name(group: ResolvedGroup, version: int) -> str:
@@ -257,7 +278,8 @@ def _set_names(group: ResolvedGroup, version: int) -> Iterator[str]:
 
 def _sets(policy: Resolved) -> Iterator[AddressSet]:
     """Sets that the rules name, in a fixed order."""
-    accepted = [*policy.trust, *(g for s in policy.services for g in s.groups or ())]
+    forwarded = policy.edge.forwards if policy.edge else ()
+    accepted = [*policy.trust, *(g for s in (*policy.services, *(f.service for f in forwarded)) for g in s.groups or ())]
     accepted += [g for s in policy.services if s.options.limit("anywhere") for g in policy.named]
     static = {*accepted, *(policy.block.excepted if policy.block and _blocks_dynamic(policy) else ())}
     blocking = (*policy.block.groups, *policy.block.excepted) if policy.block else ()
@@ -272,3 +294,5 @@ def _sets(policy: Resolved) -> Iterator[AddressSet]:
         blocked = _blocked(policy).family(version)
         if blocked and policy.block:
             yield AddressSet(f"block.v{version}", version, blocked, origin=policy.block.at)
+    if policy.edge:
+        yield from edge_sets(policy.edge)

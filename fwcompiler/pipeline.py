@@ -183,6 +183,10 @@ def disproof(compiled: Compiled, ruleset: Ruleset) -> tuple[CounterExample, ...]
     from fwcompiler.proof.meaning import clauses
     from fwcompiler.proof.prove import prove
 
+    if compiled.resolved.edge:
+        from fwcompiler.proof.passing import edge_examples, prove_edge
+
+        return tuple(edge_examples(prove_edge(compiled.resolved, ruleset), compiled.resolved))
     differences = prove(clauses(compiled.resolved), ruleset)
     return tuple(counter_examples(differences, compiled.resolved, ruleset))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from fwcompiler.addresses import BITS, EVERYONE, Addresses
+from fwcompiler.addresses import BITS, EVERYONE, Addresses, address_text
 from fwcompiler.diagnostics import Finding
 from fwcompiler.plan import Plan
 from fwcompiler.proof.access import LOOPBACK_ADDRESSES, Access
@@ -53,7 +53,10 @@ def good_text(policies: Sequence[Resolved]) -> str:
 
 def access_json(access: Access) -> AccessShape:
     """One line of access gained or lost."""
-    return {"from": access.sources(), "to": access.to, "service": access.service}
+    shape: AccessShape = {"from": access.sources(), "to": access.to, "service": access.service}
+    if access.at:
+        shape["at"] = access.at
+    return shape
 
 
 def diff_json(plan: Plan) -> DiffShape:
@@ -199,14 +202,24 @@ def access_lines(parts: Iterable[Access], policy: Resolved | None, sign: str, ma
 
     Sources that are part of one group have its name in front: `carriers: + 198.51.100.64/28 may reach sip udp/5060`.
     """
-    together: dict[tuple[str, str | None, tuple[str, ...]], list[str]] = {}
+    together: dict[tuple[str, str | None, tuple[str, ...], str], list[str]] = {}
     for part in parts:
         who = _who(part, policy)
         inside = "" if who in (policy.groups if policy else ()) else _inside(part, policy)
-        together.setdefault((f"{inside}{sign} {who}", part.service, part.depends), []).append(part.to)
-    for (who, service, depends), ports in together.items():
+        together.setdefault((f"{inside}{sign} {who}", part.service, part.depends, part.at), []).append(part.to)
+    for (who, service, depends, at), ports in together.items():
+        where = f" of {_host_name(at, policy)}" if at else ""
         on = f"; it depends on {_cut('; '.join(depends))}" if depends else ""
-        yield f"{who} {may} {service + ' ' if service else ''}{', '.join(ports)}{on}"
+        yield f"{who} {may} {service + ' ' if service else ''}{', '.join(ports)}{where}{on}"
+
+
+def _host_name(address: str, policy: Resolved | None) -> str:
+    """The host of the policy that has an address, with the address where it has several; else the address."""
+    for forward in policy.edge.forwards if policy and policy.edge else ():
+        own = [address_text(*each) for each in forward.host.addresses]
+        if address in own:
+            return forward.host.name if len(own) == 1 else f"{forward.host.name} ({address})"
+    return address
 
 
 def _who(access: Access, policy: Resolved | None) -> str:

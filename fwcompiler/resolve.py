@@ -161,7 +161,6 @@ def resolve(policy: Policy, document: Document, report: Report, *, today: date, 
     edge = resolved_edge(plan, everything, stage.has, stage.hosts.values(), report) if plan else None
     ours = edge if plan and here is plan.host else None
     if ours:
-        report.error("not-yet", "the edge itself is not compiled by this version", ours.at, "its hosts are: --host NAME")
         refuse_bypass([f.service.options for f in ours.forwards], document, report)
     _refuse_overlaps((*services, *(f.service for f in ours.forwards)) if ours else services, report)
     trust = stage.known_groups(policy.trust, ("trust",))
@@ -430,8 +429,6 @@ class _Stage:
         if here is None or test.host:
             return found if here is None or test.host == here.name else None
         where = [h for h in self.hosts.values() if self._answers(h, found.ports, everything)]
-        if self.plan and here is self.plan.host:
-            return None
         return found if test.expect == "drop" or here in where or not where else None
 
     def _answers(self, host: ResolvedHost, to: Ports, everything: tuple[ResolvedService, ...]) -> bool:

@@ -139,6 +139,14 @@ class ForHost:
 
 
 @dataclass(frozen=True, slots=True)
+class Rewritten:
+    """This side of the connection's first packet was rewritten: `ct status dnat` for the destination, `snat` for the source."""
+
+    side: Side
+    negated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Unknown:
     """A match or statement that a reader met and does not model. Never equal to anything fwc writes."""
 
@@ -198,7 +206,22 @@ class AnyOf(Foreign):
     negated: bool = False
 
 
-Match = InSet | InRanges | Family | Interface | ProtocolIs | PortIn | StateIn | TypeIn | Limit | OverLimit | ForHost | Unknown | Foreign
+Match = (
+    InSet
+    | InRanges
+    | Family
+    | Interface
+    | ProtocolIs
+    | PortIn
+    | StateIn
+    | TypeIn
+    | Limit
+    | OverLimit
+    | ForHost
+    | Rewritten
+    | Unknown
+    | Foreign
+)
 
 
 class Final(Enum):
@@ -240,6 +263,22 @@ class Translate:
     ports: Range | None = None
 
 
+def sent_on(address: int) -> Translate:
+    """The packet goes on to another IPv4 address, its port kept (a range of ports would send all of them to its first)."""
+    return Translate("destination", "sent on", 4, ((address, address),))
+
+
+def masqueraded(ports: Range | None = None) -> Translate:
+    """The packet leaves under the IPv4 address of its output interface: from its own port where that is free, or from one of `ports`."""
+    return Translate("source", "masqueraded", 4, (), True, ports)
+
+
+def is_ours(translation: Translate) -> bool:
+    """True for the forms that fwc writes: `sent_on` and `masqueraded`."""
+    ranges = translation.ranges
+    return translation == masqueraded(translation.ports) or (len(ranges) == 1 and translation == sent_on(ranges[0][0]))
+
+
 @dataclass(frozen=True, slots=True)
 class Untrack:
     """Connection tracking will leave the packet alone, whose state becomes `untracked`; on with the next rule."""
@@ -260,8 +299,8 @@ class Undecided:
 
 
 Verdict = Final | Goto | Jump | Translate | Untrack | SetDscp | Undecided | None
-"""None: the rule only counts or logs, the packet goes on to the next rule. `Translate` and `Undecided` stand in rulesets of
-others only."""
+"""None: the rule only counts or logs, the packet goes on to the next rule. `Undecided` stands in rulesets of others only, and
+so does `Translate` in any other form than `sent_on` and `masqueraded`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,7 @@ from fwcompiler.ruleset import (
     Period,
     PortIn,
     ProtocolIs,
+    Rewritten,
     Rule,
     Ruleset,
     SetDscp,
@@ -358,6 +359,8 @@ def _match_text(match: Match) -> str:
             return f"source over {rate} a {per}, burst {burst}, counted as {name}"
         case ForHost():
             return "for this host"
+        case Rewritten(side):
+            return f"{side} {no}rewritten"
         case Unknown(text):
             return f"something unknown ({text})"
         case Foreign():

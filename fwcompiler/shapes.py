@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import (
+    Literal,
+    NotRequired,  # typing's own is not enough for pydantic before Python 3.12
+)
 
-from typing_extensions import TypedDict  # typing's own is not enough for pydantic before Python 3.12
+from typing_extensions import TypedDict
 
 
 class FindingShape(TypedDict):
@@ -25,8 +28,10 @@ class CheckShape(TypedDict):
     left_out: list[str]
 
 
-AccessShape = TypedDict("AccessShape", {"from": list[str], "to": str, "service": str | None})
-"""`from`: prefixes, ranges `a-b` or `anywhere`; `to`: a protocol with a port or range; `service`: None for none of the policy."""
+AccessShape = TypedDict("AccessShape", {"from": list[str], "to": str, "service": str | None, "at": NotRequired[str]})
+"""`from`: prefixes, ranges `a-b` or `anywhere`; `to`: a protocol with a port or range; `service`: None for none of the policy.
+
+`at`: the address behind an edge that is reached; left out where it is the host itself."""
 
 
 UncertainShape = TypedDict(

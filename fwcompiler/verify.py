@@ -13,9 +13,9 @@ from fwcompiler.neighbours import Meddling, meddling, read_host
 from fwcompiler.pipeline import Compiled, Host, disproof, normal_form, observe
 from fwcompiler.proof.describe import CounterExample, box_text
 from fwcompiler.proof.diagram import StepsExceeded
+from fwcompiler.proof.edge import explain_packet
 from fwcompiler.proof.fields import Packet
 from fwcompiler.proof.host import of_host
-from fwcompiler.proof.meaning import explain
 from fwcompiler.proof.prove import FAMILIES, differ
 from fwcompiler.registry import installed, load
 from fwcompiler.ruleset import Ruleset
@@ -53,7 +53,7 @@ def verify_live(compiled: Compiled, host: Host, *, full: bool = False) -> Verifi
     big = host.backend.set_kind == "nft" and not full
     sampled = tuple(s.name for s in live.sets if big and len(s.ranges) > READ_WHOLE)
     whole = read_host(host, live)
-    problems = _strange(live)
+    problems = _strange(live, compiled.ruleset)
     found: list[tuple[Meddling, str]] = []
     try:
         found = [(each, _policy_says(compiled, each.packet)) for each in meddling(whole)]
@@ -63,15 +63,14 @@ def verify_live(compiled: Compiled, host: Host, *, full: bool = False) -> Verifi
 
 
 def _policy_says(compiled: Compiled, packet: Packet) -> str:
-    found = explain(compiled.resolved, packet)
+    found = explain_packet(compiled.resolved, packet)
     return f"{found.verdict}: {found.reason}" + (f" ({found.at})" if found.at else "")
 
 
-def _strange(live: Ruleset) -> list[str]:
+def _strange(live: Ruleset, wanted: Ruleset) -> list[str]:
     """What is among ours and outside of what the proof is about: it would be wrong to call that equal."""
-    elsewhere = [
-        f"chain {c.name} hangs at the hook {c.hook.name}" for c in live.chains if c.hook and c.hook.name not in ("input", "prerouting")
-    ]
+    proven = {"input", "prerouting", *(c.hook.name for c in wanted.chains if c.hook)}
+    elsewhere = [f"chain {c.name} hangs at the hook {c.hook.name}" for c in live.chains if c.hook and c.hook.name not in proven]
     return [*(f"fwc never makes this: {what}" for what in live.others), *elsewhere]
 
 

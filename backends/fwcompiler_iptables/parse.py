@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from ipaddress import ip_address, ip_network
+from ipaddress import IPv4Address, ip_address, ip_network
 from itertools import pairwise
 from typing import Literal, cast
 
@@ -35,6 +35,7 @@ from fwcompiler.ruleset import (
     Period,
     PortIn,
     ProtocolIs,
+    Rewritten,
     Rule,
     Ruleset,
     SetDscp,
@@ -45,6 +46,8 @@ from fwcompiler.ruleset import (
     Unknown,
     Untrack,
     Verdict,
+    masqueraded,
+    sent_on,
 )
 from fwcompiler_iptables.render import PROTOCOL_NUMBER, SET_PREFIX, neutral_set, quote
 from fwcompiler_iptables.tables import BUILT_IN, CHAIN_PREFIX, hook_of, joined, neutral_chain, split
@@ -333,6 +336,8 @@ class _Reader:
                 each = self.sets[kernel]
                 if each.version == self.version:
                     return InSet("source" if way == "src" else "destination", each.name, each.version, negated)
+            case "conntrack", "--ctstate", (("DNAT" | "SNAT") as bit,):
+                return Rewritten("destination" if bit == "DNAT" else "source", negated)
             case ("conntrack", "--ctstate", (states,)) | ("state", "--state", (states,)):
                 names = cast(frozenset[State], frozenset(states.lower().split(",")))
                 if names <= set(STATES):
@@ -396,6 +401,8 @@ class _Reader:
             self.verdict = Untrack()
         elif name == "DSCP" and len(rest) == 2 and rest[0] == "--set-dscp":
             self.verdict = SetDscp(int(rest[1], 16))
+        elif name in ("DNAT", "MASQUERADE"):
+            self.verdict = self._translation(name, rest)
         elif name == "REJECT":
             self.verdict = Final.REJECT
             if list(rest) != ["--reject-with", _REJECT[self.version]]:
@@ -404,6 +411,18 @@ class _Reader:
             self.log_prefix = rest[1]
         else:
             raise _NotModelled
+
+    def _translation(self, name: str, rest: Sequence[str]) -> Verdict:
+        """The forms that fwc writes, and no others."""
+        match name, *rest:
+            case "DNAT", "--to-destination", text if self.version == 4:
+                return sent_on(int(IPv4Address(text)))
+            case ("MASQUERADE",) if self.version == 4:
+                return masqueraded()
+            case "MASQUERADE", "--to-ports", text if self.version == 4:
+                low, _, high = text.partition("-")
+                return masqueraded((int(low), int(high or low)))
+        raise _NotModelled
 
 
 def _text(tokens: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from itertools import product
 
 from fwcompiler.addresses import BITS, LAST, Range, address_text, prefix_text, prefixes
 from fwcompiler.diagnostics import Finding, Position
+from fwcompiler.ports import port_text
 from fwcompiler.ruleset import (
     MOST_SOURCES,
     AddressSet,
@@ -30,6 +31,7 @@ from fwcompiler.ruleset import (
     OverLimit,
     PortIn,
     ProtocolIs,
+    Rewritten,
     Rule,
     Ruleset,
     SetDscp,
@@ -39,6 +41,7 @@ from fwcompiler.ruleset import (
     Undecided,
     Unknown,
     Untrack,
+    is_ours,
 )
 from fwcompiler_iptables.tables import (
     BUILT_IN,
@@ -156,6 +159,10 @@ def _target(rule: Rule, version: int) -> list[Option]:
             return [(_TARGET, "-j CT --notrack")]
         case SetDscp(value):
             return [(_TARGET, f"-j DSCP --set-dscp 0x{value:02x}")]
+        case Translate(ranges=((low, _),)) if is_ours(rule.verdict):
+            return [(_TARGET, f"-j DNAT --to-destination {address_text(4, low)}")]
+        case Translate(ports=ports) if is_ours(rule.verdict):
+            return [(_TARGET, "-j MASQUERADE" + (f" --to-ports {port_text(ports)}" if ports else ""))]
         case Translate() | Undecided():
             raise ValueError(f"cannot render {rule.verdict}")
 
@@ -184,8 +191,8 @@ def _options(matches: Sequence[Match], version: int, slots: Mapping[str, str]) -
                 name, module, option = ICMP[version]
                 protocol = f"-p {name}"
                 options.append((_MATCH, f"-m {module} {option} {types[0]}"))
-            case StateIn(states, _):
-                options.append((_MATCH, f"-m conntrack {no}--ctstate {','.join(sorted(states)).upper()}"))
+            case StateIn() | Rewritten():
+                options.append((_MATCH, f"-m conntrack {no}{_conntrack(match)}"))
             case Limit(rate, per, burst):
                 options.append((_MATCH, f"-m limit --limit {rate}/{per} --limit-burst {burst}"))
             case OverLimit():
@@ -210,6 +217,12 @@ def _over(limit: OverLimit) -> str:
     figures = f"--hashlimit-above {limit.rate}/{limit.per} --hashlimit-burst {limit.burst} --hashlimit-mode srcip"
     table = f"--hashlimit-name {limit_name(limit)} --hashlimit-htable-max {MOST_SOURCES} --hashlimit-htable-expire {limit.keep * 1000}"
     return f"-m hashlimit {figures} {table}"
+
+
+def _conntrack(match: StateIn | Rewritten) -> str:
+    if isinstance(match, StateIn):
+        return f"--ctstate {','.join(sorted(match.states)).upper()}"
+    return f"--ctstate {'DNAT' if match.side == 'destination' else 'SNAT'}"
 
 
 def _range(side: str, version: int, span: Range, no: str, used: set[str]) -> Option:
@@ -374,7 +387,7 @@ def _chain_faults(chain: Chain) -> Iterator[tuple[str, str]]:
 def _rule_faults(rule: Rule) -> Iterator[str]:
     for match in rule.matches:
         yield from _match_faults(match)
-    if isinstance(rule.verdict, Translate | Undecided):
+    if isinstance(rule.verdict, Undecided) or (isinstance(rule.verdict, Translate) and not is_ours(rule.verdict)):
         yield f"iptables cannot express {rule.verdict}"
     if len(rule.log_prefix) > 29:
         yield f"a log prefix has at most 29 characters, `{rule.log_prefix}` has more"
@@ -427,7 +440,7 @@ def _match_faults(match: Match) -> Iterator[str]:
         case OverLimit(_, name, rate, _, burst):
             if not re.fullmatch(r"[A-Za-z0-9._-]{1,200}", name) or not 0 < rate <= 10_000 or not 0 < burst <= 10_000:
                 yield f"iptables cannot count a limit of {rate}, {burst} at once, as `{name}`"
-        case ForHost():
+        case ForHost() | Rewritten():
             pass
         case Unknown(text):
             yield f"iptables cannot express {text}"

@@ -13,7 +13,7 @@ from typing import Literal
 
 from fwcompiler.backend import Command, Fill, Rendered, Saved, SetChange, Step
 from fwcompiler.diagnostics import Finding, Position
-from fwcompiler.ruleset import AddressSet, Chain, Foreign, InSet, Rule, Ruleset, Translate, Undecided, Unknown
+from fwcompiler.ruleset import AddressSet, Chain, Foreign, InSet, Rule, Ruleset, Translate, Undecided, Unknown, is_ours
 from fwcompiler_nftables.parse import STRAY, parse_listing, read_counters
 from fwcompiler_nftables.render import TABLE, Line, elements, hook_spec, limit_spec, limits, member_text, rule_lines, set_spec, table_text
 from fwcompiler_nftables.saved import read_foreign, read_own
@@ -242,5 +242,5 @@ def _faults(rule: Rule) -> Iterable[str]:
     """What of a rule fwc only reads: matches that nobody understood, matches and verdicts of other people's rulesets."""
     yield from (match.text for match in rule.matches if isinstance(match, Unknown))
     yield from (str(match) for match in rule.matches if isinstance(match, Foreign))
-    if isinstance(rule.verdict, Translate | Undecided):
+    if isinstance(rule.verdict, Undecided) or (isinstance(rule.verdict, Translate) and not is_ours(rule.verdict)):
         yield str(rule.verdict)

@@ -34,6 +34,7 @@ from fwcompiler.ruleset import (
     Period,
     PortIn,
     ProtocolIs,
+    Rewritten,
     Rule,
     Ruleset,
     SetDscp,
@@ -42,6 +43,8 @@ from fwcompiler.ruleset import (
     Unknown,
     Untrack,
     Verdict,
+    masqueraded,
+    sent_on,
 )
 
 Json = Any
@@ -304,6 +307,14 @@ def _verdict(expression: Json) -> Verdict:
             return Goto(chain)
         case ("jump", {"target": str(chain)}):
             return Jump(chain)
+        case ("dnat", {"family": "ip", "addr": str(text), **rest}) if not rest:
+            version, address = parse_address(text)
+            if version == 4:
+                return sent_on(address)
+        case ("masquerade", None):
+            return masqueraded()
+        case ("masquerade", {"port": port, **rest}) if not rest:
+            return masqueraded(_span(port))
     raise _NotModelled
 
 
@@ -359,6 +370,8 @@ def _match(value: Json) -> Match:
             return _states(right, negated)
         case {"fib": {"result": "type", "flags": ["daddr"]}} if right == "local" and not negated:
             return ForHost()
+        case {"ct": {"key": "status"}} if right in ("dnat", "snat") and operator == "in":
+            return Rewritten("destination" if right == "dnat" else "source")
     raise _NotModelled
 
 

@@ -31,6 +31,7 @@ from fwcompiler.ruleset import (
     OverLimit,
     PortIn,
     ProtocolIs,
+    Rewritten,
     Rule,
     Ruleset,
     SetDscp,
@@ -41,6 +42,7 @@ from fwcompiler.ruleset import (
     Unknown,
     Untrack,
     Verdict,
+    is_ours,
 )
 
 TABLE = "inet fwc"
@@ -155,8 +157,18 @@ def verdict_text(verdict: Verdict) -> str:
             return "continue"
         case Untrack():
             return "notrack"
-        case Translate() | SetDscp() | Undecided():
+        case Translate():
+            return _translation(verdict)
+        case SetDscp() | Undecided():
             raise ValueError(f"cannot render {verdict}")
+
+
+def _translation(translation: Translate) -> str:
+    if not is_ours(translation):
+        raise ValueError(f"cannot render {translation}")
+    if translation.side == "destination":
+        return f"dnat ip to {address_text(4, translation.ranges[0][0])}"
+    return f"masquerade to :{port_text(translation.ports)}" if translation.ports else "masquerade"
 
 
 _PROTO = {4: "ip", 6: "ip6"}
@@ -201,6 +213,10 @@ def match_text(match: Match, names: Names) -> str:
             return f"update @{limit_name(match)} {{ {family} saddr limit rate over {rate}/{per} burst {burst} packets }}"
         case ForHost():
             return "fib daddr type local"
+        case Rewritten(side, negated):
+            # `ct status` is a field of bits: without an operator the bit is asked for.
+            bit = "dnat" if side == "destination" else "snat"
+            return f"ct status & {bit} == 0" if negated else f"ct status {bit}"
         case Unknown() | Foreign():
             raise ValueError(f"cannot render {match}")
 

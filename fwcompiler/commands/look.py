@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -34,7 +35,7 @@ def explain(
     source: Annotated[str, typer.Option("--from", metavar="ADDR", help="Source address.")],
     to: Annotated[str, typer.Option("--to", help="Protocol and port: udp/5060.")],
     to_addr: Annotated[str | None, typer.Option("--to-addr", metavar="ADDR", help="Destination; default: an address of this host.")] = None,
-    interface: Annotated[str, typer.Option("--in", metavar="NAME", help="Input interface.")] = "eth0",
+    interface: Annotated[str | None, typer.Option("--in", metavar="NAME", help="Input interface; default: eth0, or an edge's wan.")] = None,
     state: Annotated[str, typer.Option(help="new, established, related, invalid or untracked.")] = "new",
     live: Annotated[bool, typer.Option("--live", help="Ask the loaded ruleset, and say where it and the policy part.")] = False,
     listing: Annotated[
@@ -44,11 +45,11 @@ def explain(
 ) -> int:
     """Say what happens to one packet, and why, with the policy line."""
     from fwcompiler.explain import explain_listing, explain_live, packet_from
-    from fwcompiler.proof.meaning import explain as decide
+    from fwcompiler.proof.edge import explain_packet
     from fwcompiler.report import explain_json
 
     options: Options = context.obj
-    packet = packet_from(source, to, to_addr, interface, state)
+    packet = packet_from(source, to, to_addr, interface or "eth0", state)
     if listing is not None:
         if policy is not None or live:
             raise UsageError("--listing asks a file and nothing else", hint="leave the policy and --live out")
@@ -60,7 +61,10 @@ def explain(
         return EXIT_OK
     if policy is None:
         raise UsageError("Missing argument 'POLICY'.", hint="or ask a saved listing with --listing FILE")
-    explanation = decide(compiled_policy(policy, options).resolved, packet)
+    compiled = compiled_policy(policy, options)
+    if interface is None and compiled.resolved.edge:
+        packet = replace(packet, interface=compiled.resolved.edge.wan)
+    explanation = explain_packet(compiled.resolved, packet)
     traced = None
     if live:
         with chosen_host(options) as host:

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
-from fwcompiler.addresses import EVERYONE, LOOPBACK, Addresses
+from fwcompiler.addresses import EVERYONE, LOOPBACK, Addresses, address_text
 from fwcompiler.ports import PROTOCOLS, WITH_PORTS, port_text
 from fwcompiler.proof.atoms import Atoms, cut
+from fwcompiler.proof.beyond import Beyond
 from fwcompiler.proof.fields import ECHO_REQUEST
 from fwcompiler.proof.program import Outcome, Point, Program, sets_of
 from fwcompiler.ruleset import BUILT_IN, PortIn, ProtocolIs, Ruleset
@@ -22,13 +23,15 @@ OTHER_PROTOCOL = 253
 class Access:
     """Sources that may open one range of ports of one protocol, through one service.
 
-    `depends`: what else rules ask that decides whether they may; where there is nothing, it is certain.
+    `depends`: what else rules ask that decides whether they may; where there is nothing, it is certain. `at`: the address behind
+    an edge that they reach; empty for the host itself.
     """
 
     addresses: Addresses
     to: str
     service: str | None
     depends: tuple[str, ...] = ()
+    at: str = ""
 
     def sources(self) -> list[str]:
         """Prefixes and ranges, or `anywhere` where it is truly every address that a packet can come from."""
@@ -52,24 +55,40 @@ def compare(before: Ruleset, after: Ruleset) -> AccessChange:
     """What new connections gain and lose. An empty ruleset grants nothing."""
     atoms = cut([*sets_of(before), *sets_of(after)])
     old, new = Program(before, atoms), Program(after, atoms)
-    gained: list[tuple[str, int, int, str, int]] = []
-    lost: list[tuple[str, int, int, str, int]] = []
+    behind, behind_now = Beyond(before, atoms), Beyond(after, atoms)
+    gained: list[Part] = []
+    lost: list[Part] = []
     for protocol, low, high, point in _points(before, after):
-        was, now = _run(old, before, point), _run(new, after, point)
-        gained += _parts(protocol, low, high, now, was)
-        lost += _parts(protocol, low, high, was, now)
+        was, now = _run(old, before, point, behind), _run(new, after, point, behind_now)
+        gained += _parts((protocol, low, high, ""), now, was)
+        lost += _parts((protocol, low, high, ""), was, now)
+        for place in dict.fromkeys((*behind.places, *behind_now.places)):
+            was, now = behind.outcome(point, place), behind_now.outcome(point, place)
+            gained += _parts((protocol, low, high, address_text(*place)), now, was)
+            lost += _parts((protocol, low, high, address_text(*place)), was, now)
     return AccessChange(tuple(_describe(gained, atoms)), tuple(_describe(lost, atoms)))
 
 
-def _run(program: Program, ruleset: Ruleset, point: Point) -> Outcome:
-    return program.run(point) if any(c.hook for c in ruleset.chains) else Outcome()
+Part = tuple[str, int, int, str, str, int]
+"""Protocol, first and last port, address behind an edge, service, classes of sources."""
 
 
-def _parts(protocol: str, low: int, high: int, has: Outcome, other: Outcome) -> Iterator[tuple[str, int, int, str, int]]:
+def _run(program: Program, ruleset: Ruleset, point: Point, beyond: Beyond) -> Outcome:
+    """What the host itself lets in; what an edge sends on does not come to it."""
+    if not any(c.hook for c in ruleset.chains):
+        return Outcome()
+    outcome = program.run(point)
+    away = 0
+    for mask in beyond.sent(point).values():
+        away |= mask
+    return Outcome({service: mask & ~away for service, mask in outcome.accepted.items()}, outcome.dropped, outcome.uncertain)
+
+
+def _parts(where: tuple[str, int, int, str], has: Outcome, other: Outcome) -> Iterator[Part]:
     other_mask = other.accepts()
     for service, mask in sorted(has.accepted.items()):
         if mask & ~other_mask:
-            yield protocol, low, high, service, mask & ~other_mask
+            yield *where, service, mask & ~other_mask
 
 
 def _points(*rulesets: Ruleset) -> Iterator[tuple[str, int, int, Point]]:
@@ -100,18 +119,19 @@ def _stretches(rulesets: Iterable[Ruleset], protocol: str) -> Iterator[tuple[int
     yield from ((a, b - 1) for a, b in pairwise(ordered))
 
 
-def _describe(parts: list[tuple[str, int, int, str, int]], atoms: Atoms) -> Iterator[Access]:
-    """Neighbouring stretches with the same sources and service are one range."""
-    joined: list[tuple[str, int, int, str, int]] = []
-    for part in sorted(parts, key=lambda p: (p[3], p[0], p[4], p[1])):
+def _describe(parts: list[Part], atoms: Atoms) -> Iterator[Access]:
+    """Neighbouring stretches with the same sources, service and place are one range."""
+    joined: list[Part] = []
+    for part in sorted(parts, key=lambda p: (p[4], p[0], p[3], p[5], p[1])):
+        protocol, low, high, *rest = part
         last = joined[-1] if joined else None
-        if last and (last[0], last[3], last[4]) == (part[0], part[3], part[4]) and last[2] + 1 == part[1]:
-            joined[-1] = (last[0], last[1], part[2], last[3], last[4])
+        if last and (last[0], *last[3:]) == (protocol, *rest) and last[2] + 1 == low:
+            joined[-1] = (last[0], last[1], high, last[3], last[4], last[5])
         else:
             joined.append(part)
     cache: dict[int, Addresses] = {}
-    for protocol, low, high, service, mask in sorted(joined, key=lambda p: (p[3], p[0], p[1], p[4])):
+    for protocol, low, high, at, service, mask in sorted(joined, key=lambda p: (p[4], p[0], p[1], p[3], p[5])):
         if mask not in cache:
             cache[mask] = atoms.addresses(mask)
         to = f"{protocol}/{port_text((low, high))}" if protocol in WITH_PORTS else protocol
-        yield Access(cache[mask], to, None if service in BUILT_IN else service or None)
+        yield Access(cache[mask], to, None if service in BUILT_IN else service or None, at=at)

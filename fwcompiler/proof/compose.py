@@ -95,6 +95,11 @@ def base_chains(ruleset: Ruleset, hook: str) -> list[tuple[Chain, Hook]]:
     return sorted(found, key=lambda pair: (way.index(pair[1].name), pair[1].priority))
 
 
+def rewritten_side(side: str) -> str:
+    """The atom of a connection whose one side was rewritten."""
+    return f"the {side} of the connection was rewritten"
+
+
 def limit_text(limit: Limit) -> str:
     """The name of a limit's atom: it holds while the limit is not exhausted."""
     return f"limit {limit.rate}/{limit.per} burst {limit.burst}"

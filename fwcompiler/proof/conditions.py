@@ -14,7 +14,7 @@ from itertools import product
 from fwcompiler.addresses import merged
 from fwcompiler.foreign import LOCAL, WITH_PORTS
 from fwcompiler.ports import PROTOCOLS
-from fwcompiler.proof.compose import limit_text, over_text
+from fwcompiler.proof.compose import limit_text, over_text, rewritten_side
 from fwcompiler.proof.space import DESTINATION, INTERFACE, PORT, PROTOCOL, SOURCE, SOURCE_PORT, STATE, TYPE, Condition
 from fwcompiler.ruleset import (
     AddressSet,
@@ -36,6 +36,7 @@ from fwcompiler.ruleset import (
     PortsIn,
     ProtocolIn,
     ProtocolIs,
+    Rewritten,
     Ruleset,
     StateIn,
     TypeIn,
@@ -62,11 +63,13 @@ class Place:
 
     hook: HookName
     tracked: bool = True
+    forwarded: bool = False
 
     @staticmethod
-    def of(hook: Hook) -> Place:
-        """Where a base chain is."""
-        return Place(hook.name, hook.kind == "nat" or hook.name not in ("prerouting", "output") or hook.priority > CONNTRACK)
+    def of(hook: Hook, *, forwarded: bool = False) -> Place:
+        """Where a base chain is. ``forwarded``: on the way of packets that pass through."""
+        tracked = hook.kind == "nat" or hook.name not in ("prerouting", "output") or hook.priority > CONNTRACK
+        return Place(hook.name, tracked, forwarded)
 
 
 def outs(ruleset: Ruleset) -> tuple[str, ...]:
@@ -152,6 +155,8 @@ class Conditions:
                 return [[_protocols((1 if version == 4 else 58,)), Condition(TYPE, merged((t, t) for t in types))]]
             case Limit():
                 return [[self.atom(limit_text(match) + early)]]
+            case Rewritten(side, negated):
+                return [[Condition(SOURCE, negated=negated, atom=rewritten_side(side))]]
             case Unknown(text):
                 return [[self.atom(f"unknown: {text}")]]
             case Foreign():
@@ -202,12 +207,13 @@ class Conditions:
 
     def _interface(self, way: str, names: tuple[str, ...], negated: bool, place: Place) -> Alternatives:
         """At a hook where there is no such interface its name is empty, so only a negation holds."""
-        here = "in" if place.hook in ("prerouting", "input", "forward") else "out"
-        if "*" in names and (way == here or place.hook == "forward"):
+        hook = "forward" if place.forwarded and place.hook == "postrouting" else place.hook
+        here = "in" if hook in ("prerouting", "input", "forward") else "out"
+        if "*" in names and (way == here or hook == "forward"):
             return NEVER if negated else ALWAYS
         if way == here:
             return [[Condition(INTERFACE, frozenset(names), negated)]]
-        if place.hook != "forward":
+        if hook != "forward":
             return ALWAYS if negated else NEVER
         if len(self.outs) > MOST_OUTS or not all(name in self.outs for name in names):
             return [[Condition(SOURCE, negated=negated, atom=f"out interface is one of {' '.join(names)}")]]

@@ -48,6 +48,7 @@ from fwcompiler.ruleset import (
     PortsIn,
     ProtocolIn,
     ProtocolIs,
+    Rewritten,
     Rule,
     Ruleset,
     SetDscp,
@@ -328,6 +329,8 @@ def match_text(match: Match) -> str:
             return f"source over {rate} a {per}, {burst} at once"
         case ForHost():
             return "for this host"
+        case Rewritten(side, _):
+            return f"{no}after its {side} was rewritten"
         case Unknown(text) | Opaque(text):
             return f"{no}{text}"
         case Foreign():

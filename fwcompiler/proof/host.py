@@ -41,6 +41,8 @@ WAYS: Mapping[str, tuple[HookName, ...]] = {
     "forward": ("prerouting", "forward"),
     "output": ("output",),
 }
+THROUGH: tuple[HookName, ...] = ("prerouting", "forward", "postrouting")
+"""The whole way of a packet that is forwarded."""
 UNTRACKED, FIRST_TRANSLATION = -10, -20
 _GO_ON, _DONE = -11, -12
 _NAT = {"prerouting": -100, "output": -100, "input": 100, "postrouting": 100}
@@ -231,7 +233,7 @@ def of_host(ruleset: Ruleset, version: int, hook: str = "input", names: Sequence
 
 def stages(ruleset: Ruleset, version: int, way: Sequence[HookName], names: Sequence[str]) -> tuple[Stage, ...]:
     """Base chains on a way, in the order in which the kernel runs them."""
-    reader = _Reader(ruleset, version, names)
+    reader = _Reader(ruleset, version, names, forwarded="forward" in way)
     bases = [(c, c.hook) for c in ruleset.chains if c.hook and c.hook.name in way and c.hook.version in (None, version)]
     bases.sort(key=lambda pair: (way.index(pair[1].name), *_order(pair[1])))
     return tuple(reader.stage(chain, hook) for chain, hook in bases)
@@ -242,14 +244,15 @@ def _order(hook: Hook) -> tuple[int, int]:
 
 
 class _Reader:
-    def __init__(self, ruleset: Ruleset, version: int, names: Sequence[str]) -> None:
+    def __init__(self, ruleset: Ruleset, version: int, names: Sequence[str], *, forwarded: bool = False) -> None:
+        self._forwarded = forwarded
         self._chains = {c.name: c for c in ruleset.chains}
         self._version = version
         self._conditions = Conditions({s.name: s for s in ruleset.sets}, version, names)
         self._translations: dict[int, Translate] = {}
 
     def stage(self, base: Chain, hook: Hook) -> Stage:
-        place, self._translations = Place.of(hook), {}
+        place, self._translations = Place.of(hook, forwarded=self._forwarded), {}
         chains: dict[str, tuple[Line, ...]] = {}
         for name in self._reached(base.name):
             found = tuple(line for i, rule in enumerate(self._chains[name].rules) for line in self._rule(i, rule, place))
@@ -306,8 +309,13 @@ class _Reader:
                 raise AssertionError("read before")
 
 
+def seen_text(hook: str) -> str:
+    """The atom of a connection whose first packet was rewritten at a hook."""
+    return f"the connection was rewritten at {hook}"
+
+
 def _first_packet(hook: Hook) -> Iterator[Line]:
     """A nat chain sees the first packet of a connection; later ones are treated as that one was, and who knows how."""
     yield Line((Condition(STATE, frozenset(("invalid", "untracked"))),), ACCEPT)
-    seen = Condition(SOURCE, negated=True, atom=f"the connection was rewritten at {hook.name}")
+    seen = Condition(SOURCE, negated=True, atom=seen_text(hook.name))
     yield Line((Condition(STATE, frozenset(("established", "related"))), seen), ACCEPT)

@@ -110,8 +110,8 @@ def clauses(policy: Resolved) -> tuple[Clause, ...]:
         Clause("accept", "the loopback interface is open", loopback=True),
         Clause("drop", "a loopback address may not come from outside", source=_LOOPBACK),
         Clause("drop", "a loopback address may not be reached from outside", destination=_LOOPBACK),
-        *_block(policy),
-        *_trust(policy),
+        *blocking(policy),
+        *trusting(policy),
         Clause("drop", "connection tracking finds the packet invalid", states=frozenset(("invalid",)), spared_ports=untracked),
         *(c for s in early for c in _service(policy, s)),
         Clause("accept", "it belongs to an established connection", states=frozenset(("established", "related")), spared_ports=untracked),
@@ -121,7 +121,7 @@ def clauses(policy: Resolved) -> tuple[Clause, ...]:
     )
 
 
-def _block(policy: Resolved) -> Iterator[Clause]:
+def blocking(policy: Resolved) -> Iterator[Clause]:
     """A source in a blocked group, unless it is in an excepted one; members at run time count on both sides."""
     block = policy.block
     if block is None:
@@ -139,7 +139,8 @@ def _block(policy: Resolved) -> Iterator[Clause]:
     )
 
 
-def _trust(policy: Resolved) -> Iterator[Clause]:
+def trusting(policy: Resolved) -> Iterator[Clause]:
+    """Sources whose every packet is accepted."""
     for name in policy.trust:
         group = policy.groups[name]
         dynamic = (name,) if group.dynamic else ()
@@ -205,17 +206,22 @@ def explain(policy: Resolved, packet: Packet, exhausted: Container[Limit | Over]
 
     ``exhausted``: limits that are used up.
     """
+    return explain_by(policy, packet, clauses(policy), exhausted)
+
+
+def explain_by(policy: Resolved, packet: Packet, meaning: tuple[Clause, ...], exhausted: Container[Limit | Over] = ()) -> Explanation:
+    """Decide one packet by clauses of which one holds for every packet."""
     source = address_text(packet.version, packet.source)
     steps = [f"{source} -> {_target(packet)}, {packet.state}, in {packet.interface}"]
     steps += _spared(policy, packet, source)
-    decided = next(c for c in clauses(policy) if c.holds(packet, exhausted))
+    decided = next(c for c in meaning if c.holds(packet, exhausted))
     reason = decided.reason
     for name in decided.groups:
         at = policy.groups[name].where(packet.version, packet.source)
         if at is not None:
             reason = f"{reason}: {source} is in {name} ({_entry(policy, name, packet)}, {at})"
             break
-    open_to = sorted({g for c in clauses(policy) if c.service == decided.service and c.service for g in c.dynamic})
+    open_to = sorted({g for c in meaning if c.service == decided.service and c.service for g in c.dynamic})
     if decided.verdict == "drop" and open_to:
         steps.append(f"dynamic members of {', '.join(open_to)} would be accepted; only the running host knows them")
     steps.append(f"{decided.verdict}: {reason}")

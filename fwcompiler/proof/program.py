@@ -30,6 +30,7 @@ from fwcompiler.ruleset import (
     OverLimit,
     PortIn,
     ProtocolIs,
+    Rewritten,
     Rule,
     Ruleset,
     SetDscp,
@@ -191,6 +192,8 @@ class Program:
             case TypeIn(version, types):
                 icmp = PROTOCOLS["icmp" if version == 4 else "icmpv6"]
                 return self._families[version] if point.protocol == icmp and point.icmp_type in types else 0
+            case Rewritten(_, negated):
+                return everyone if negated else 0
             case Limit() | ForHost():
                 return everyone
             case OverLimit():

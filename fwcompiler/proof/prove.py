@@ -53,7 +53,7 @@ class Box:
     @property
     def verdicts(self) -> tuple[str, str]:
         """What the first and the second program do with these packets."""
-        return VERDICTS[self.first], VERDICTS[self.second]
+        return VERDICTS.get(self.first, "other"), VERDICTS.get(self.second, "other")
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +133,7 @@ def _asks(box: Box) -> tuple[int, int]:
 
 
 AGREE = -5
-_ENDS = 8
+_ENDS = 1 << 20
 """More than there are verdicts: a pair of them is one number."""
 
 

@@ -27,6 +27,7 @@ from fwcompiler.ruleset import (
     OverLimit,
     PortIn,
     ProtocolIs,
+    Rewritten,
     Rule,
     Ruleset,
     SetDscp,
@@ -133,6 +134,9 @@ class _Trace:
                 return self._given.get(over_text(match), False)
             case ForHost():
                 return self._given.get(LOCAL, True)
+            case Rewritten(_, negated):
+                # Without a way through NAT a packet is what it was sent as.
+                return negated
             case Unknown() | Foreign():
                 return True
 
