@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast, get_args
 
-from fwcompiler.addresses import AddressError, parse_address
+from fwcompiler.addresses import AddressError, address_text, parse_address
 from fwcompiler.diagnostics import UsageError, did_you_mean
+from fwcompiler.edge import ResolvedEdge
 from fwcompiler.listing import HOW, read_listing
 from fwcompiler.neighbours import WholeHost, read_host
 from fwcompiler.pipeline import Host, observe
 from fwcompiler.ports import PortError, parse_ports
 from fwcompiler.proof.ask import Answer, Candidate, Word, ask
 from fwcompiler.proof.describe import packet_text, rule_text
+from fwcompiler.proof.edge import Passed, follow
 from fwcompiler.proof.fields import Packet, packet_to
 from fwcompiler.proof.meaning import Explanation
-from fwcompiler.proof.trace import Decision, trace
+from fwcompiler.proof.trace import Decision, trace, trace_through
 from fwcompiler.report import explain_json
-from fwcompiler.ruleset import BUILT_IN, State
+from fwcompiler.resolve import Resolved
+from fwcompiler.ruleset import BUILT_IN, Ruleset, State
 
 if TYPE_CHECKING:
     from fwcompiler.shapes import ListingExplainShape, LiveExplainShape
@@ -57,6 +60,7 @@ class Traced:
     policy: Explanation
     host: WholeHost
     answer: Answer | None = None
+    to: int | None = None
 
     @property
     def verdict(self) -> Word:
@@ -65,7 +69,11 @@ class Traced:
 
     @property
     def agrees(self) -> bool:
-        """True when the host does what the policy says."""
+        """True when the host does what the policy says, and at an edge sends the packet to the same host."""
+        return self.to == self.decision.to and self._same_verdict
+
+    @property
+    def _same_verdict(self) -> bool:
         return self.verdict == self.policy.verdict or (self.verdict == "reject" and self.policy.verdict == "drop")
 
     @property
@@ -86,6 +94,7 @@ class Traced:
             return f"{self.host.text(self.stranger)}{depends}"
         where = f"chain {self.decision.chain}" if self.decision.chain else "no chain of ours"
         what = f"{where}: {rule_text(self.decision.rule)}" if self.decision.rule else f"the end of {where}"
+        what += f"; sent on to {address_text(4, self.decision.to)}" if self.decision.to is not None else ""
         return f"{what}; not understood on the way: {self.decision.unsure}" if self.decision.unsure else what
 
     def as_json(self) -> LiveExplainShape:
@@ -108,8 +117,15 @@ class Traced:
         lines = [f"live: {self.verdict}: {self.reason()}{by}"]
         if not self.agrees:
             whose = "the host says" if self.stranger else "the loaded rules say"
-            lines.append(f"here they part: the policy says {self.policy.verdict}, {whose} {self.verdict}")
+            says = [self._with_target(v, to) for v, to in ((self.policy.verdict, self.to), (self.verdict, self.decision.to))]
+            lines.append(f"here they part: the policy says {says[0]}, {whose} {says[1]}")
         return "\n".join((*lines, *(f"not looked at: {what}" for what in self.host.unread)))
+
+    def _with_target(self, verdict: str, to: int | None) -> str:
+        """`accept at 10.20.0.11` where the two differ in that."""
+        if self.to == self.decision.to:
+            return verdict
+        return f"{verdict} at {address_text(4, to)}" if to is not None else f"{verdict}, and it is not sent on"
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +186,7 @@ def explain_listing(file: str, packet: Packet) -> Asked:
     return Asked(packet, ask(ruleset, packet))
 
 
-def explain_live(host: Host, packet: Packet, explanation: Explanation) -> Traced:
+def explain_live(host: Host, policy: Resolved, packet: Packet, explanation: Explanation) -> Traced:
     """Send a packet through everything that the kernel holds now: our rules, and everybody else's on its way.
 
     Raises:
@@ -178,4 +194,22 @@ def explain_live(host: Host, packet: Packet, explanation: Explanation) -> Traced
     """
     live = observe(host)
     whole = read_host(host, live)
+    passed = follow(policy, policy.edge, packet) if policy.edge else None
+    if policy.edge and packet.interface in (policy.edge.wan, policy.edge.lan):
+        through = _trace_at_edge(live, packet, policy.edge, passed)
+        if passed and (passed.leaves or through.to is not None):
+            others = () if whole.alone else ("rules of others that packets meet on their way through",)
+            target = passed.packet.destination if passed.sent else None
+            return Traced(
+                through, explanation, replace(whole, unread=(*whole.unread, *others)), to=target if packet.state == "new" else None
+            )
     return Traced(trace(live, packet), explanation, whole, None if whole.alone else whole.ask(packet))
+
+
+def _trace_at_edge(live: Ruleset, packet: Packet, edge: ResolvedEdge, passed: Passed | None) -> Decision:
+    """The way that the loaded rules have for a packet. One to the edge itself has its first own address as destination."""
+    own = edge.addresses.family(packet.version)
+    arriving = replace(packet, destination=own[0][0] if own else None) if packet.destination is None else packet
+    if passed and packet.state != "new":
+        arriving = passed.packet
+    return trace_through(live, arriving, (passed.leaves if passed else "") or edge.lan)

@@ -68,7 +68,7 @@ def explain(
     traced = None
     if live:
         with chosen_host(options) as host:
-            traced = explain_live(host, packet, explanation)
+            traced = explain_live(host, compiled.resolved, packet, explanation)
     if options.json:
         print_json(traced.as_json() if traced else explain_json(explanation))
         return EXIT_OK

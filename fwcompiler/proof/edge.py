@@ -164,13 +164,14 @@ class Passed:
     """Where one packet goes, and the clauses that decide it there, of which one holds for every packet.
 
     `packet` is what those see. `host`: the one behind that it goes to, where that is one of the policy's. `sent`: it was addressed
-    to the edge.
+    to the edge. `leaves`: the interface it goes out by; empty for what is for the edge itself.
     """
 
     packet: Packet
     meaning: tuple[Clause, ...]
     host: str = ""
     sent: bool = False
+    leaves: str = ""
 
 
 def follow(policy: Resolved, edge: ResolvedEdge, packet: Packet) -> Passed:
@@ -188,7 +189,7 @@ def follow(policy: Resolved, edge: ResolvedEdge, packet: Packet) -> Passed:
     host = next((f.host for f in edge.forwards if (on.version, on.destination) in f.host.addresses), None)
     leaves = edge.lan if sent or host or packet.interface == edge.wan else edge.wan
     rest = Clause("accept", f"what goes from {packet.interface} to {leaves} passes")
-    return Passed(on, (*passage(policy, edge, packet.interface, leaves), rest), host.name if host else "", sent is not None)
+    return Passed(on, (*passage(policy, edge, packet.interface, leaves), rest), host.name if host else "", sent is not None, leaves)
 
 
 def _sent(policy: Resolved, edge: ResolvedEdge, packet: Packet) -> tuple[str, int] | None:

@@ -44,13 +44,15 @@ from fwcompiler.ruleset import (
 class Decision:
     """What a ruleset does with a packet. `rule` is None where a base chain's policy decides, or nothing of ours.
 
-    `unsure` names the first match on the way that nobody models; the verdict holds if that match does not.
+    `unsure` names the first match on the way that nobody models; the verdict holds if that match does not. `to`: the address
+    that an edge sent it on to.
     """
 
     verdict: str
     chain: str = ""
     rule: Rule | None = None
     unsure: str = ""
+    to: int | None = None
 
     @property
     def service(self) -> str:
@@ -74,8 +76,34 @@ def trace(ruleset: Ruleset, packet: Packet, hook: str = "input", given: Mapping[
     return last
 
 
+def trace_through(ruleset: Ruleset, packet: Packet, leaves: str) -> Decision:
+    """Follow a packet at an edge: where NAT sends it on to, and what the forward hook does with it there.
+
+    `leaves`: the interface it goes out by. A new packet that NAT leaves alone is decided with the destination it has; one
+    without a destination is for the edge itself. NAT does not see later packets.
+    """
+    if packet.state == "new":
+        runner = _Trace(ruleset, packet, {}, nat=True)
+        chains = [c for c, hook in base_chains(ruleset, "forward") if hook.name == "prerouting" and hook.kind == "nat"]
+        sent = next((found for c in chains if (found := runner.chain(c, 0)) and found.to is not None), None)
+        packet = replace(packet, destination=sent.to) if sent else packet
+    else:
+        sent = None
+    runner = _Trace(ruleset, packet, {}, out=leaves)
+    last = Decision("accept")
+    for chain, where in base_chains(ruleset, "forward"):
+        if where.kind == "nat":
+            continue
+        decided = runner.chain(chain, 0) or Decision(where.policy, chain.name)
+        last = Decision(decided.verdict, decided.chain, decided.rule, runner.unsure)
+        if last.verdict != "accept":
+            break
+    return replace(last, to=sent.to if sent else None)
+
+
 class _Trace:
-    def __init__(self, ruleset: Ruleset, packet: Packet, given: Mapping[str, bool]) -> None:
+    def __init__(self, ruleset: Ruleset, packet: Packet, given: Mapping[str, bool], out: str = "", *, nat: bool = False) -> None:
+        self._out, self._nat = out, nat
         self._chains: Mapping[str, Chain] = {c.name: c for c in ruleset.chains}
         self._sets: Mapping[str, AddressSet] = {s.name: s for s in ruleset.sets}
         self._packet = packet
@@ -87,6 +115,8 @@ class _Trace:
         for rule in chain.rules:
             if not all(self._holds(m) for m in rule.matches):
                 continue
+            if self._nat and isinstance(rule.verdict, Translate) and rule.verdict.side == "destination" and rule.verdict.ranges:
+                return Decision("accept", chain.name, rule, to=rule.verdict.ranges[0][0])
             unknown = next((_name(m) for m in rule.matches if isinstance(m, Unknown | Foreign)), "")
             if isinstance(rule.verdict, Translate | Undecided):
                 unknown = unknown or str(rule.verdict)
@@ -116,8 +146,10 @@ class _Trace:
                 return self._address(match)
             case Family(version):
                 return packet.version == version
-            case Interface(way, name, negated):
-                return way == "in" and (packet.interface == name) != negated
+            case Interface("out", name, negated):
+                return bool(self._out) and (self._out == name) != negated
+            case Interface(_, name, negated):
+                return (packet.interface == name) != negated
             case ProtocolIs(number, negated):
                 return (packet.protocol == number) != negated
             case PortIn(side, protocol, (low, high), negated):

@@ -6,6 +6,7 @@ edge, one for the switch of its lan, three dialers, and a container with a bridg
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import socket
@@ -331,6 +332,31 @@ def test_containers_are_left_alone(lan: Lan) -> None:
     assert arrived({"inside": inside}) == {"inside": (MEDIA, 9)}
 
 
+@pytest.mark.parametrize(
+    ("source", "to", "verdict", "where"),
+    [
+        (CARRIER, "udp/5060", "accept", "sent on to 10.20.0.11"),
+        (STRANGER, "udp/5060", "drop", ""),
+        (STRANGER, "udp/20000", "accept", "sent on to 10.20.0.13"),
+        ("192.0.2.98", "udp/20000", "drop", "sent on to 10.20.0.13"),
+        (STRANGER, "tcp/22", "drop", ""),
+        ("192.0.2.10", "tcp/22", "accept", ""),
+    ],
+)
+def test_explain_follows_the_loaded_rules(
+    lan: Lan, capsys: pytest.CaptureFixture[str], source: str, to: str, verdict: str, where: str
+) -> None:
+    """`explain --live` tells where the loaded rules send a packet, and agrees with the policy."""
+    policy = lan.apply()
+    capsys.readouterr()
+    assert lan.fwc("explain", policy, "--from", source, "--to", to, "--live", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+
+    assert (found["verdict"], found["agrees"]) == (verdict, True)
+    assert ("sent on" in found["reason"]) == bool(where)
+    assert where in found["reason"]
+
+
 def test_apply_verify_diff_and_remove(lan: Lan, capsys: pytest.CaptureFixture[str]) -> None:
     """What was applied is in sync and proven; a change by hand is found; removing leaves a router without rules of ours."""
     policy = lan.apply()
@@ -379,6 +405,8 @@ def test_apply_verify_diff_and_remove(lan: Lan, capsys: pytest.CaptureFixture[st
         )
     assert lan.fwc("verify", policy) == 1
     assert "10.20.0.12" in capsys.readouterr().out
+    assert lan.fwc("explain", policy, "--from", CARRIER, "--to", "udp/5060", "--live") == 0
+    assert "the policy says accept at 10.20.0.11, the loaded rules say drop at 10.20.0.12" in capsys.readouterr().out
     assert lan.fwc("diff", policy, "-q") == 1
     assert lan.fwc("apply", policy, "--yes", "-q") == 0
     assert lan.fwc("verify", policy) == 0
