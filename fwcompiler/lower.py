@@ -108,12 +108,12 @@ def _block(policy: Resolved) -> Iterator[Rule]:
     """Excepted groups are taken out of the block set here; only their dynamic members are left to be tested."""
     if policy.block is None:
         return
-    excepted = [policy.groups[name] for name in policy.block.excepted if policy.groups[name].dynamic]
+    excepted = [policy.groups[name] for name in sorted(policy.block.excepted) if policy.groups[name].dynamic]
     for version in FAMILIES:
         if _blocked(policy).family(version):
             spared = (InSet("source", dynamic_name(g, version), version, negated=True) for g in excepted)
             yield Rule((InSet("source", f"block.v{version}", version), *spared), Final.DROP, "block", origin=policy.block.at)
-        for name in policy.block.groups:
+        for name in sorted(policy.block.groups):
             if policy.groups[name].dynamic and name not in policy.block.excepted:
                 spared = (InSet("source", s, version, negated=True) for s in _spared_sets(policy, version))
                 matches = (InSet("source", dynamic_name(policy.groups[name], version), version), *spared)
@@ -142,7 +142,8 @@ def _trust(policy: Resolved) -> Iterator[Rule]:
 
 
 def _accept_groups(policy: Resolved, groups: Iterable[str], service: str, at: Position | None) -> Iterator[Rule]:
-    for name in groups:
+    """By name: the order in which a policy names groups means nothing, so it changes nothing."""
+    for name in sorted(groups):
         for version in FAMILIES:
             for set_name in _set_names(policy.groups[name], version):
                 yield Rule((InSet("source", set_name, version),), Final.ACCEPT, service, origin=at)

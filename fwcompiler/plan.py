@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from fwcompiler.addresses import Range, Ranges, range_text
 from fwcompiler.backend import Backend, Command, Fill, SetChange, Step
 from fwcompiler.proof.access import AccessChange, compare
+from fwcompiler.proof.memberaccess import MemberAccess, compare_members
 from fwcompiler.ruleset import AddressSet, Ruleset
 
 MAX_ELEMENTS_SHOWN = 20
@@ -20,6 +21,7 @@ class Plan:
     `replaces` names another backend whose rules are in force and go once these are. `of_others`: `live` is not all that was
     compared; rules that fwc did not write take part, and `access` is about the whole host. `notes`: what to know about it.
     `seen`: the number that the kernel gave the ruleset when `live` was read, where it gives numbers.
+    `members_gained`, `members_lost`: what the dynamic members of groups gain and lose, whoever they are.
     """
 
     live: Ruleset
@@ -28,6 +30,8 @@ class Plan:
     access: AccessChange
     replaces: str = ""
     of_others: bool = False
+    members_gained: tuple[MemberAccess, ...] = ()
+    members_lost: tuple[MemberAccess, ...] = ()
     notes: tuple[str, ...] = ()
     seen: int | None = None
 
@@ -51,7 +55,8 @@ def make_plan(backend: Backend, live: Ruleset, wanted: Ruleset) -> Plan:
     wanted = keeping_members(live, wanted)
     steps = tuple(backend.update(live, wanted, set_changes(live, wanted)) if live else backend.load(wanted))
     access = compare(live, wanted) if steps else AccessChange()
-    return Plan(live, wanted, steps, access)
+    gained, lost = compare_members(live, wanted) if steps else ((), ())
+    return Plan(live, wanted, steps, access, members_gained=gained, members_lost=lost)
 
 
 def set_changes(live: Ruleset, wanted: Ruleset) -> tuple[SetChange, ...]:

@@ -11,6 +11,7 @@ from fwcompiler.plan import Plan
 from fwcompiler.proof.access import LOOPBACK_ADDRESSES, Access
 from fwcompiler.proof.describe import packet_text
 from fwcompiler.proof.meaning import Explanation
+from fwcompiler.proof.memberaccess import MemberAccess
 from fwcompiler.resolve import Resolved, ResolvedTest
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
         DiffShape,
         ExplainShape,
         FindingShape,
+        MemberAccessShape,
         TestShape,
         TestsShape,
         UncertainShape,
@@ -66,9 +68,30 @@ def diff_json(plan: Plan) -> DiffShape:
         "gained": [access_json(a) for a in plan.access.gained],
         "lost": [access_json(a) for a in plan.access.lost],
         "uncertain": [*_uncertain("gained", plan.access.perhaps_gained), *_uncertain("lost", plan.access.perhaps_lost)],
+        "dynamic": [*_dynamic("gained", plan.members_gained), *_dynamic("lost", plan.members_lost)],
         "changes": list(plan.changes(whole=True)),
         "notes": list(plan.notes),
     }
+
+
+def _dynamic(change: Literal["gained", "lost"], parts: Iterable[MemberAccess]) -> list[MemberAccessShape]:
+    shapes: list[MemberAccessShape] = []
+    for p in parts:
+        shape: MemberAccessShape = {"group": p.group, "to": p.to, "service": p.service, "change": change}
+        if p.at:
+            shape["at"] = p.at
+        shapes.append(shape)
+    return shapes
+
+
+def _member_lines(parts: Iterable[MemberAccess], policy: Resolved | None, sign: str, may: str) -> Iterator[str]:
+    """`+ dynamic members of agents may reach wss tcp/8089`, one line for all ports of a service."""
+    together: dict[tuple[str, str | None, str], list[str]] = {}
+    for part in parts:
+        together.setdefault((part.group, part.service, part.at), []).append(part.to)
+    for (group, service, at), ports in together.items():
+        where = f" of {_host_name(at, policy)}" if at else ""
+        yield f"{sign} dynamic members of {group} {may} {service + ' ' if service else ''}{', '.join(ports)}{where}"
 
 
 def _uncertain(change: Literal["gained", "lost"], parts: Iterable[Access]) -> list[UncertainShape]:
@@ -159,16 +182,17 @@ def diff_text(plan: Plan, policy: Resolved | None, *, color: bool, whole: bool =
     if not plan.live and not plan.of_others:
         lines.append("nothing of fwc is loaded yet; this policy grants what follows, and everything else will be dropped")
     access = plan.access
-    for title, sign, may, parts in (
-        ("access gained", f"{green}+{off}", "may reach", access.gained),
-        ("access lost", f"{red}-{off}", "may no longer reach", access.lost),
-        ("access perhaps gained", f"{green}?{off}", "may reach", access.perhaps_gained),
-        ("access perhaps lost", f"{red}?{off}", "may no longer reach", access.perhaps_lost),
+    for title, sign, may, parts, members in (
+        ("access gained", f"{green}+{off}", "may reach", access.gained, plan.members_gained),
+        ("access lost", f"{red}-{off}", "may no longer reach", access.lost, plan.members_lost),
+        ("access perhaps gained", f"{green}?{off}", "may reach", access.perhaps_gained, ()),
+        ("access perhaps lost", f"{red}?{off}", "may no longer reach", access.perhaps_lost, ()),
     ):
-        if parts:
+        if parts or members:
             lines.append(f"{bold}{title}{off}")
             lines += [f"  {text}" for text in access_lines(parts, policy, sign, may)]
-    if not access:
+            lines += [f"  {text}" for text in _member_lines(members, policy, sign, may)]
+    if not access and not plan.members_gained and not plan.members_lost:
         lines.append("no new connection gains or loses access")
     if not plan.steps and not plan.replaces:
         return "\n".join(lines)

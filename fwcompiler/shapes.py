@@ -41,8 +41,20 @@ UncertainShape = TypedDict(
 """Access that may be gained or lost: whether it is depends on what a rule asks that nobody can tell."""
 
 
+class MemberAccessShape(TypedDict):
+    """What the dynamic members of a group gain or lose, whoever they are; `at` as for other access."""
+
+    group: str
+    to: str
+    service: str | None
+    change: Literal["gained", "lost"]
+    at: NotRequired[str]
+
+
 class DiffShape(TypedDict):
     """`diff --json` and `apply --dry-run --json`. `gained` and `lost` are certain, `uncertain` may be either way.
+
+    These speak of addresses that are written down; `dynamic` says what members of groups at run time gain and lose.
 
     `notes` says what was not compared, and what of a listing was not understood.
     """
@@ -51,6 +63,7 @@ class DiffShape(TypedDict):
     gained: list[AccessShape]
     lost: list[AccessShape]
     uncertain: list[UncertainShape]
+    dynamic: list[MemberAccessShape]
     changes: list[str]
     notes: list[str]
 

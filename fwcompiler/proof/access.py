@@ -66,11 +66,21 @@ def compare(before: Ruleset, after: Ruleset) -> AccessChange:
             was, now = behind.outcome(point, place), behind_now.outcome(point, place)
             gained += _parts((protocol, low, high, address_text(*place)), now, was)
             lost += _parts((protocol, low, high, address_text(*place)), was, now)
-    return AccessChange(tuple(_describe(gained, atoms)), tuple(_describe(lost, atoms)))
+    found = (tuple(_describe(list(_of_family(parts, atoms)), atoms)) for parts in (gained, lost))
+    return AccessChange(*found)
 
 
 Part = tuple[str, int, int, str, str, int]
 """Protocol, first and last port, address behind an edge, service, classes of sources."""
+
+
+def _of_family(parts: Iterable[Part], atoms: Atoms) -> Iterator[Part]:
+    """ICMP is a protocol of IPv4, ICMPv6 one of IPv6: nobody opens one over the other."""
+    for protocol, low, high, at, service, mask in parts:
+        version = {"icmp": 4, "icmpv6": 6}.get(protocol.partition("/")[0])
+        mine = mask & atoms.family(version) if version else mask
+        if mine:
+            yield protocol, low, high, at, service, mine
 
 
 def _run(program: Program, ruleset: Ruleset, point: Point, beyond: Beyond) -> Outcome:

@@ -218,3 +218,31 @@ def test_listing_and_policy_do_not_mix(host: Host) -> None:
     policy = host.write()
 
     assert host.fwc("diff", policy, "--against", policy, "--against", host.write(V4, "old")).code == 2
+
+
+SPELT = """# the same, told in another order and with other words
+version: 1
+services:
+  ssh:
+    from: [admins]
+  rtp: {from: anywhere, ports: [udp/15001-20000, udp/10000-15000]}
+  sip: {from: [agents, carriers]}
+groups:
+  admins: ["2001:DB8:ad:0::10", 192.0.2.10/32]
+  agents:
+    dynamic: {max: 4096, timeout: 720m}
+    members: [203.0.113.128/25, 203.0.113.0/25]
+  carriers: ["2001:db8:51::/49", "2001:db8:51:8000::/49", 198.51.100.24/29, 198.51.100.16-198.51.100.23]
+"""
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_order_and_spelling_change_nothing(tmp_path: Path, netns: str, backend: str) -> None:
+    """A policy told in another order and with other words for the same addresses, ports and times is the same policy."""
+    host = Host(tmp_path, netns, backend)
+    host.apply()
+    spelt = host.write(SPELT, "spelt.yaml")
+
+    for against in ((), ("--against", "applied"), ("--against", host.write())):
+        ran = host.fwc("diff", spelt, *against, "-q")
+        assert (ran.code, ran.out, ran.err) == (0, "", ""), against
