@@ -5,12 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from fwcompiler.diagnostics import Position, Report, did_you_mean
-from fwcompiler.policy import ServiceEntry
 from fwcompiler.ports import WITH_PORTS, Ports
 from fwcompiler.ruleset import Period
-from fwcompiler.source import Document, KeyPath
+
+if TYPE_CHECKING:
+    # The resolved options are read where no policy is, as at boot.
+    from fwcompiler.policy import ServiceEntry
+    from fwcompiler.source import Document, KeyPath
 
 ANYWHERE = "anywhere"
 NEVER_LIMITED = re.compile(r"carrier|peer|trunk|cluster", re.I)

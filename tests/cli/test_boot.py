@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import subprocess
 import sys
@@ -32,8 +33,8 @@ def restart(host: Host) -> None:
         return
     variant = host.backend.removeprefix("iptables-")
     for family in ("ip", "ip6"):
-        for action in ("-F", "-X"):
-            host.run(f"{family}tables-{variant}", action)
+        for table, action in itertools.product(("raw", "mangle", "nat", "filter"), ("-F", "-X")):
+            host.run(f"{family}tables-{variant}", "-t", table, action)
     host.run("ipset", "destroy")
 
 
