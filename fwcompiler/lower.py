@@ -12,7 +12,7 @@ from typing import get_args
 
 from fwcompiler.addresses import LOOPBACK, Addresses
 from fwcompiler.diagnostics import Position
-from fwcompiler.lower_edge import edge_chains, edge_sets
+from fwcompiler.lower_edge import DESTINATIONS, edge_chains, edge_sets
 from fwcompiler.options import ResolvedLimit
 from fwcompiler.ports import PROTOCOLS
 from fwcompiler.resolve import Resolved, ResolvedGroup, ResolvedService
@@ -32,6 +32,7 @@ from fwcompiler.ruleset import (
     OverLimit,
     PortIn,
     ProtocolIs,
+    Rewritten,
     Rule,
     Ruleset,
     SetDscp,
@@ -39,6 +40,7 @@ from fwcompiler.ruleset import (
     StateIn,
     TypeIn,
     Untrack,
+    redirected,
 )
 
 FAMILIES = (4, 6)
@@ -74,7 +76,7 @@ def lower(policy: Resolved) -> Ruleset:
         Rule((), Final.DROP, "other"),
     )
     services = tuple(_service_chain(s, policy) for s in (*early, *late))
-    aside = (*(early_chains(policy) if policy.edge is None else ()), *_untracked(policy), *_marks(policy))
+    aside = (*_redirects(policy), *(early_chains(policy) if policy.edge is None else ()), *_untracked(policy), *_marks(policy))
     return Ruleset((*services, *aside, *_edge(policy), Chain("input", rules, Hook("input"))), tuple(_sets(policy)))
 
 
@@ -155,6 +157,27 @@ def _dispatch(services: Iterable[ResolvedService]) -> Iterator[Rule]:
     for protocol, span, service in sorted(entries, key=lambda e: (e[0], e[1] or (0, 0))):
         match: Match = ProtocolIs(PROTOCOLS[protocol]) if span is None else PortIn("destination", protocol, span)
         yield Rule((match,), Goto(chain_name(service)), origin=service.at)
+    for service in services:
+        if service.options.responder:
+            responder = PortIn("destination", "tcp", (service.options.responder, service.options.responder))
+            yield Rule((responder, Rewritten("destination")), Goto(chain_name(service)), origin=service.at)
+
+
+def _redirects(policy: Resolved) -> Iterator[Chain]:
+    """New connections to a service with a responder go to its port, but those of the groups that stay in the clear."""
+    for service in policy.services:
+        port = service.options.responder
+        if port is None:
+            continue
+        # A new destination would hide from the input chain that the old one was a loopback address.
+        rules = [Rule((InRanges("destination", version, (LOOPBACK[version],)),), Final.ACCEPT) for version in FAMILIES]
+        for span in (span for ports in service.ports for span in ports.ranges):
+            to: tuple[Match, ...] = (PortIn("destination", "tcp", span), ForHost())
+            for group in service.options.plain:
+                plain = ((name, version) for version in FAMILIES for name in _set_names(policy.groups[group], version))
+                rules += [Rule((InSet("source", name, version), *to), Final.ACCEPT, origin=service.at) for name, version in plain]
+            rules.append(Rule(to, redirected(port), origin=service.at))
+        yield Chain("responder", tuple(rules), Hook("prerouting", DESTINATIONS, "accept", "nat"))
 
 
 def _service_chain(service: ResolvedService, policy: Resolved) -> Chain:
@@ -281,6 +304,7 @@ def _sets(policy: Resolved) -> Iterator[AddressSet]:
     """Sets that the rules name, in a fixed order."""
     forwarded = policy.edge.forwards if policy.edge else ()
     accepted = [*policy.trust, *(g for s in (*policy.services, *(f.service for f in forwarded)) for g in s.groups or ())]
+    accepted += [g for s in policy.services for g in s.options.plain]
     accepted += [g for s in policy.services if s.options.limit("anywhere") for g in policy.named]
     static = {*accepted, *(policy.block.excepted if policy.block and _blocks_dynamic(policy) else ())}
     blocking = (*policy.block.groups, *policy.block.excepted) if policy.block else ()

@@ -1,4 +1,4 @@
-"""What a service may say beyond who reaches it: limits by source, media past connection tracking, DSCP marks."""
+"""What a service may say beyond who reaches it: limits by source, media past connection tracking, DSCP marks, a redirect."""
 
 from __future__ import annotations
 
@@ -50,11 +50,17 @@ class ResolvedLimit:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The options of one service. `bypass`: its packets are not tracked. `dscp`: what this host sends from its ports is marked so."""
+    """The options of one service.
+
+    `bypass`: its packets are not tracked. `dscp`: what this host sends from its ports is marked so. `responder`: the port
+    of this host that new connections are redirected to, but those of the groups in `plain`.
+    """
 
     limits: tuple[ResolvedLimit, ...] = ()
     bypass: bool = False
     dscp: int | None = None
+    responder: int | None = None
+    plain: tuple[str, ...] = ()
 
     def limit(self, group: str) -> ResolvedLimit | None:
         """The limit of a group's sources."""

@@ -187,6 +187,10 @@ def disproof(compiled: Compiled, ruleset: Ruleset) -> tuple[CounterExample, ...]
         from fwcompiler.proof.passing import edge_examples, prove_edge
 
         return tuple(edge_examples(prove_edge(compiled.resolved, ruleset), compiled.resolved))
+    if any(s.options.responder for s in compiled.resolved.services):
+        from fwcompiler.proof.redirected import redirect_examples
+
+        return tuple(redirect_examples(compiled.resolved, ruleset))
     differences = prove(clauses(compiled.resolved), ruleset)
     return tuple(counter_examples(differences, compiled.resolved, ruleset))
 

@@ -189,8 +189,13 @@ class ServiceEntry(_Model):
         default=None, description="Roles or hosts that offer it, in place of the catalogue's; a service of one's own is on every host."
     )
     redirect: Literal["web-server", "closed", "responder"] | None = Field(
-        default=None, description="http only: the web server redirects to HTTPS (default), or port 80 stays closed."
+        default=None,
+        description="http only: the web server redirects to HTTPS (default), `fwc responder` does, or port 80 stays closed.",
     )
+    plain: list[str] | None = Field(
+        default=None, min_length=1, description="With `redirect: responder`: groups that go on reaching the web server in plain HTTP."
+    )
+    responder_port: int | None = Field(default=None, ge=1, le=65535, description="With `redirect: responder`: its port, by default 8880.")
     expose: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)] | None = Field(
         default=None, description="The reason why a service that is not public is open to anywhere; shown in every check."
     )

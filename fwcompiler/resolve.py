@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fwcompiler.addresses import EVERYONE, LOOPBACK, NOBODY, AddressError, Addresses, parse_entry
 from fwcompiler.asterisk import Disk, Problem, read_configuration, rtp_ports
-from fwcompiler.catalogue import CATALOGUE, Class
+from fwcompiler.catalogue import CATALOGUE, RESPONDER_PORT, Class
 from fwcompiler.diagnostics import Position, Report, did_you_mean
 from fwcompiler.durations import seconds
 from fwcompiler.edge import RTP, EdgePlan, ResolvedEdge, read_plan, resolved_edge
@@ -155,19 +155,21 @@ def resolve(policy: Policy, document: Document, report: Report, *, today: date, 
     everything = tuple(s for name, entry in policy.services.items() if (s := stage.service(name, entry)))
     reader = OptionsReader(document, report, _never_limited(policy, everything))
     everything = tuple(replace(s, options=reader.read(s.name, policy.services[s.name], s.ports, s.groups)) for s in everything)
+    everything = tuple(stage.with_responder(s, everything) for s in everything)
     here = stage.hosts.get(host or "")
     services = stage.services_of(here, everything)
     plan = stage.plan
     edge = resolved_edge(plan, everything, stage.has, stage.hosts.values(), report) if plan else None
     ours = edge if plan and here is plan.host else None
     if ours:
+        refuse_responder(services, document, report)
         refuse_bypass([f.service.options for f in ours.forwards], document, report)
     _refuse_overlaps((*services, *(f.service for f in ours.forwards)) if ours else services, report)
     trust = stage.known_groups(policy.trust, ("trust",))
     block = stage.block(everything)
     tests = tuple(t for i, test in enumerate(policy.tests) if (t := stage.test(test, ("tests", i), groups, everything, here)))
     at = document.locate(("trust",), key=True) if trust else None
-    named = tuple(dict.fromkeys(g for s in everything for g in s.groups or ()))
+    named = tuple(dict.fromkeys(g for s in everything for g in (*(s.groups or ()), *s.options.plain)))
     return Resolved(policy.name, groups, services, trust, at, block, tests, here, ours, plan, named)
 
 
@@ -332,9 +334,32 @@ class _Stage:
         at = self.document.locate((*path, "redirect"))
         if name != "http":
             self.report.error("value", "`redirect` belongs to the service `http` only", at)
-        elif entry.redirect == "responder":
-            self.report.error("not-yet", "`redirect: responder` is not compiled by this version", at, "web-server or closed")
         return entry.redirect == "closed"
+
+    def with_responder(self, service: ResolvedService, everything: tuple[ResolvedService, ...]) -> ResolvedService:
+        """The service with the port that its new connections are redirected to, if they are."""
+        entry = self.policy.services[service.name]
+        path: KeyPath = ("services", service.name)
+        if entry.redirect != "responder":
+            for key in ("plain", "responder_port"):
+                if getattr(entry, key) is not None:
+                    at = self.document.locate((*path, key), key=True)
+                    self.report.error("value", f"`{key}` belongs to `redirect: responder`", at, "say that as well, or leave this out")
+            return service
+        at = self.document.locate((*path, "redirect"))
+        port = entry.responder_port or RESPONDER_PORT
+        hint = "say which port with `responder_port`, and start `fwc responder --listen` with the same"
+        for other in everything:
+            if any(overlap(each, Ports("tcp", ((port, port),))) for each in other.ports):
+                self.report.error("duplicate-service", f"the responder's port {port} is one of `{other.name}`'s ({other.at})", at, hint)
+        if any(each.protocol != "tcp" or not each.ranges for each in service.ports):
+            self.report.error("value", "only TCP connections can be redirected to the responder", at)
+        plain = self.known_groups(entry.plain or (), (*path, "plain"))
+        for i, name in enumerate(entry.plain or ()):
+            if service.groups is not None and name in plain and name not in service.groups:
+                where = self.document.locate((*path, "plain", i))
+                self.report.error("value", f"`{service.name}` is not open to `{name}`", where, "name it in `from` as well")
+        return replace(service, options=replace(service.options, responder=port, plain=plain))
 
     def _ports(self, entry: ServiceEntry, path: KeyPath, name: str) -> tuple[Ports, ...]:
         known = CATALOGUE.get(name)
@@ -482,6 +507,13 @@ def _never_limited(policy: Policy, services: tuple[ResolvedService, ...]) -> dic
     """Groups that no limit may touch, each with the reason."""
     cluster = {g: f"`{s.name}` makes it the cluster's" for s in services if s.kind == "cluster" for g in s.groups or ()}
     return {**cluster, **dict.fromkeys(policy.trust, "`trust` accepts all of its packets")}
+
+
+def refuse_responder(services: Iterable[ResolvedService], document: Document, report: Report) -> None:
+    """What an edge redirects is what it forwards."""
+    if any(s.options.responder for s in services):
+        at = document.locate(("services", "http", "redirect"))
+        report.error("value", "an edge has no responder of its own", at, "forward `http` to a web host, and let the responder run there")
 
 
 def _refuse_overlaps(services: tuple[ResolvedService, ...], report: Report) -> None:

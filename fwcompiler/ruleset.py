@@ -273,10 +273,17 @@ def masqueraded(ports: Range | None = None) -> Translate:
     return Translate("source", "masqueraded", 4, (), True, ports)
 
 
+def redirected(port: int) -> Translate:
+    """The packet goes to another port of this host, in either family."""
+    return Translate("destination", "redirected", None, (), True, (port, port))
+
+
 def is_ours(translation: Translate) -> bool:
-    """True for the forms that fwc writes: `sent_on` and `masqueraded`."""
-    ranges = translation.ranges
-    return translation == masqueraded(translation.ports) or (len(ranges) == 1 and translation == sent_on(ranges[0][0]))
+    """True for the forms that fwc writes: `sent_on`, `masqueraded` and `redirected`."""
+    ranges, ports = translation.ranges, translation.ports
+    if len(ranges) == 1:
+        return translation == sent_on(ranges[0][0])
+    return translation == masqueraded(ports) or (ports is not None and translation == redirected(ports[0]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,7 +307,7 @@ class Undecided:
 
 Verdict = Final | Goto | Jump | Translate | Untrack | SetDscp | Undecided | None
 """None: the rule only counts or logs, the packet goes on to the next rule. `Undecided` stands in rulesets of others only, and
-so does `Translate` in any other form than `sent_on` and `masqueraded`."""
+so does `Translate` in any other form than `is_ours` knows."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,8 +55,12 @@ from fwcompiler.ruleset import (
     Unknown,
     Untrack,
     Verdict,
+    masqueraded,
+    redirected,
+    sent_on,
 )
 
+_ADDRESS = re.compile(r"[0-9]+(\.[0-9]+){3}")
 READER = "python-iptables"
 FAMILIES = (4, 6)
 
@@ -184,6 +188,21 @@ def _network(text: str, version: int) -> Range | None:
     return low, low | hosts
 
 
+def _translation(target: str, options: Mapping[str, Sequence[str]]) -> Translate | None:
+    """NAT in the forms that fwc writes; None for every other target."""
+    match target, {name: list(values) for name, values in options.items()}:
+        case "REDIRECT", {"to-ports": [port]} if port.isdigit() and len(options) == 1:
+            return redirected(int(port))
+        case "DNAT", {"to-destination": [address]} if _ADDRESS.fullmatch(address) and len(options) == 1:
+            return sent_on(int(ip_address(address)))
+        case "MASQUERADE", {"to-ports": [ports]} if len(options) == 1:
+            low, _, high = ports.partition("-")
+            return masqueraded((int(low), int(high or low)))
+        case "MASQUERADE", _ if not options:
+            return masqueraded()
+    return None
+
+
 def _verdict(raw: Mapping[str, Any], version: int) -> tuple[Verdict, str, list[Match]]:
     """Verdict, log prefix, and what of the target has no neutral form."""
     target, options = raw["target"], raw["options"]
@@ -197,6 +216,9 @@ def _verdict(raw: Mapping[str, Any], version: int) -> tuple[Verdict, str, list[M
         return None, options["log-prefix"][0], []
     if target == "DSCP" and list(options) == ["set-dscp"]:
         return SetDscp(int(options["set-dscp"][0], 16)), "", []
+    translation = _translation(target, options)
+    if translation is not None:
+        return translation, "", []
     if target == "REJECT":
         usual = options == {"reject-with": ["icmp-port-unreachable" if version == 4 else "icmp6-port-unreachable"]}
         return Final.REJECT, "", [] if usual else [Unknown(f"REJECT {options}")]
@@ -254,6 +276,8 @@ def _match(module: str, option: str, values: list[str], negated: bool, version: 
         case "set", "match-set", [kernel, ("src" | "dst") as way] if (found := _set_name(kernel)) and found[1] == version:
             return InSet(_SIDES[way[0]], found[0], version, negated)
         case (("conntrack" | "state"), ("ctstate" | "state"), [text]):
+            if text in ("DNAT", "SNAT"):
+                return Rewritten("destination" if text == "DNAT" else "source", negated)
             states = cast(frozenset[State], frozenset(text.lower().split(",")))
             return StateIn(states, negated) if states <= set(STATES) else None
         case "addrtype", "dst-type", ["LOCAL"] if not negated:
@@ -271,7 +295,8 @@ def _match(module: str, option: str, values: list[str], negated: bool, version: 
 def compare(ours: Ruleset, theirs: Ruleset) -> str | None:
     """The first difference in one sentence, or None where the readings agree.
 
-    Where ours says `Unknown`, it claims nothing that the other reading could contradict. Sets are not compared, only their names in rules.
+    Where ours says `Unknown`, it claims nothing that the other reading could contradict; nor does the other one where it misses a target
+    (python-iptables has no REDIRECT for IPv6): `unread` counts those. Sets are not compared, only their names in rules.
     """
     mine, other = ({chain.name: chain for chain in each.chains} for each in (ours, theirs))
     for name in sorted({*mine, *other}):
@@ -287,13 +312,22 @@ def compare(ours: Ruleset, theirs: Ruleset) -> str | None:
 
 def _compare_rules(mine: Sequence[Rule], other: Sequence[Rule]) -> str | None:
     for number, (one, two) in enumerate(zip(mine, other, strict=False), 1):
-        if not any(isinstance(m, Unknown) for m in one.matches) and _meaning(one) != _meaning(two):
+        if not _unread(two) and not any(isinstance(m, Unknown) for m in one.matches) and _meaning(one) != _meaning(two):
             return f"rule {number}: fwc reads `{rule_text(one)}`, {READER} reads `{rule_text(two)}`"
     if len(mine) == len(other):
         return None
     longer, reader = (mine, READER) if len(mine) > len(other) else (other, "fwc")
     number = min(len(mine), len(other))
     return f"rule {number + 1}: {reader} does not see `{rule_text(longer[number])}`"
+
+
+def unread(theirs: Ruleset) -> int:
+    """How many rules the other reading could not read because it misses their target."""
+    return sum(_unread(rule) for chain in theirs.chains for rule in chain.rules)
+
+
+def _unread(rule: Rule) -> bool:
+    return any(isinstance(m, Unknown) and m.text.startswith("XTablesError: can't find target") for m in rule.matches)
 
 
 def _meaning(rule: Rule) -> tuple[object, ...]:

@@ -77,11 +77,12 @@ def _second_reading(host: Host, listing: Sequence[str]) -> str | None:
         if not answer.text:
             return f"not possible: {answer.reason}" if answer.reason else None
         try:
-            difference = second_reading.compare(ours, second_reading.read(answer.text))
+            theirs = second_reading.read(answer.text)
         except ValueError as error:
             return f"not possible: {error}"
+        difference, unread = second_reading.compare(ours, theirs), second_reading.unread(theirs)
         if difference is None:
-            return "agrees"
+            return f"agrees, but for {unread} rules that it cannot read" if unread else "agrees"
         before, ours = ours, host.backend.parse(_listing(host))
         if ours == before:
             return f"differs: {difference}"

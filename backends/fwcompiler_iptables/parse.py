@@ -47,6 +47,7 @@ from fwcompiler.ruleset import (
     Untrack,
     Verdict,
     masqueraded,
+    redirected,
     sent_on,
 )
 from fwcompiler_iptables.render import PROTOCOL_NUMBER, SET_PREFIX, neutral_set, quote
@@ -401,7 +402,7 @@ class _Reader:
             self.verdict = Untrack()
         elif name == "DSCP" and len(rest) == 2 and rest[0] == "--set-dscp":
             self.verdict = SetDscp(int(rest[1], 16))
-        elif name in ("DNAT", "MASQUERADE"):
+        elif name in ("DNAT", "MASQUERADE", "REDIRECT"):
             self.verdict = self._translation(name, rest)
         elif name == "REJECT":
             self.verdict = Final.REJECT
@@ -417,6 +418,8 @@ class _Reader:
         match name, *rest:
             case "DNAT", "--to-destination", text if self.version == 4:
                 return sent_on(int(IPv4Address(text)))
+            case "REDIRECT", "--to-ports", text if text.isdigit():
+                return redirected(int(text))
             case ("MASQUERADE",) if self.version == 4:
                 return masqueraded()
             case "MASQUERADE", "--to-ports", text if self.version == 4:

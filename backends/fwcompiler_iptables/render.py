@@ -161,6 +161,8 @@ def _target(rule: Rule, version: int) -> list[Option]:
             return [(_TARGET, f"-j DSCP --set-dscp 0x{value:02x}")]
         case Translate(ranges=((low, _),)) if is_ours(rule.verdict):
             return [(_TARGET, f"-j DNAT --to-destination {address_text(4, low)}")]
+        case Translate(side="destination", ports=(port, _)) if is_ours(rule.verdict):
+            return [(_TARGET, f"-j REDIRECT --to-ports {port}")]
         case Translate(ports=ports) if is_ours(rule.verdict):
             return [(_TARGET, "-j MASQUERADE" + (f" --to-ports {port_text(ports)}" if ports else ""))]
         case Translate() | Undecided():

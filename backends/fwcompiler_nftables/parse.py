@@ -44,6 +44,7 @@ from fwcompiler.ruleset import (
     Untrack,
     Verdict,
     masqueraded,
+    redirected,
     sent_on,
 )
 
@@ -311,6 +312,8 @@ def _verdict(expression: Json) -> Verdict:
             version, address = parse_address(text)
             if version == 4:
                 return sent_on(address)
+        case ("redirect", {"port": int(port), **rest}) if not rest:
+            return redirected(port)
         case ("masquerade", None):
             return masqueraded()
         case ("masquerade", {"port": port, **rest}) if not rest:

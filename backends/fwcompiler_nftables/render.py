@@ -166,6 +166,8 @@ def verdict_text(verdict: Verdict) -> str:
 def _translation(translation: Translate) -> str:
     if not is_ours(translation):
         raise ValueError(f"cannot render {translation}")
+    if translation.side == "destination" and translation.ports:
+        return f"redirect to :{translation.ports[0]}"
     if translation.side == "destination":
         return f"dnat ip to {address_text(4, translation.ranges[0][0])}"
     return f"masquerade to :{port_text(translation.ports)}" if translation.ports else "masquerade"

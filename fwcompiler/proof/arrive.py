@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from fwcompiler.addresses import LAST, LOOPBACK, MULTICAST, Ranges, intersect, merged, subtract
 from fwcompiler.proof.conditions import fits, outs
 from fwcompiler.proof.diagram import ACCEPT, DROP, ELSEWHERE, REJECT, Diagrams
-from fwcompiler.proof.host import WAYS, HostProgram, Masks, Stage, place_in, rewrite, stages
+from fwcompiler.proof.host import WAYS, HostProgram, Masks, Stage, known_rewritten, place_in, rewrite, stages
 from fwcompiler.proof.rewrite import choice, relabel
 from fwcompiler.proof.space import DESTINATION, INTERFACE, SOURCE, Condition, Space
 from fwcompiler.proof.usual import usual
-from fwcompiler.ruleset import Ruleset, Translate
+from fwcompiler.ruleset import Ruleset, Translate, is_ours
 
 OUT = "out interface is "
 REWRITTEN = "the connection was rewritten at "
@@ -89,10 +89,11 @@ class Arrivals(HostProgram):
 
     def _translated(self, number: int, translation: Translate, rests: Sequence[int], diagrams: Diagrams, space: Space) -> int:
         stage = self.stages[number]
-        inside = rewrite(diagrams, space, translation, rests[self._behind_nat(number) - number - 1], stage.hook)
+        rest = known_rewritten(diagrams, space, translation, rests[self._behind_nat(number) - number - 1])
+        inside = rewrite(diagrams, space, translation, rest, stage.hook)
         if stage.hook != "prerouting" or translation.side == "source":
             return inside
-        if translation.ports:
+        if translation.ports and not is_ours(translation):
             inside = relabel(diagrams, inside, {ACCEPT: ELSEWHERE})
         own = self.world.own_of(self.version)
         if translation.here or not translation.ranges or (own and not subtract(translation.ranges, own)):

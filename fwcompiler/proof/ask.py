@@ -14,18 +14,19 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 from fwcompiler.addresses import LAST, LOOPBACK, MULTICAST, Ranges, covers, intersect, merged, subtract
 from fwcompiler.foreign import BROADCAST, FRAGMENT, LOCAL
 from fwcompiler.proof.arrive import World, told
+from fwcompiler.proof.compose import rewritten_side
 from fwcompiler.proof.conditions import fits
 from fwcompiler.proof.diagram import ACCEPT, DROP, ELSEWHERE, REJECT, RETURN, VERDICTS, Diagrams, StepsExceeded
 from fwcompiler.proof.fields import Packet
 from fwcompiler.proof.host import UNTRACKED, WAYS, Masks, Stage, stages
 from fwcompiler.proof.rewrite import choice, graft, reachable, relabel
 from fwcompiler.proof.space import DESTINATION, FIRST_ATOM, INTERFACE, NAMES, PORT, PROTOCOL, SOURCE, SOURCE_PORT, STATE, TYPE, Condition
-from fwcompiler.ruleset import HookName, Rule, Ruleset, Translate
+from fwcompiler.ruleset import HookName, Rule, Ruleset, Side, Translate, is_ours
 
 Word = Literal["accept", "drop", "reject", "redirect", "may"]
 Hook = Literal["input", "forward", "output"]
@@ -57,15 +58,19 @@ class Answer:
     candidates: tuple[Candidate, ...] = ()
 
 
+_REWRITTEN: Mapping[str, Side] = {rewritten_side(side): side for side in get_args(Side)}
+
+
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """A packet on its way: what is known of it. `unknown` fields were rewritten to one of several values."""
+    """A packet on its way: what is known of it. `unknown` fields were rewritten to one of several values, `sides` were translated."""
 
     packet: Packet
     hook: Hook
     out: str = ""
     unknown: frozenset[int] = frozenset()
     by: str = ""
+    sides: frozenset[str] = frozenset()
 
 
 def ask(ruleset: Ruleset, packet: Packet, hook: Hook = "input", out: str = "", world: World | None = None) -> Answer:
@@ -190,7 +195,8 @@ class _Asking:
 
     def _moved(self, node: int, translation: Translate) -> int:
         """The end of a packet that stays on the host; at another port it does not reach what it was sent to."""
-        return relabel(self._diagrams, node, {ACCEPT: ELSEWHERE}) if self._world and translation.ports else node
+        elsewhere = self._world is not None and translation.ports is not None and not is_ours(translation)
+        return relabel(self._diagrams, node, {ACCEPT: ELSEWHERE}) if elsewhere else node
 
     def _masks(self, conditions: Iterable[Condition], seen: _Seen) -> Mapping[int, int] | None:
         """The atoms that conditions ask about; None where the packet does not fit."""
@@ -211,6 +217,8 @@ class _Asking:
             return fact
         if atom.startswith("destination type ") and (seen.hook != "input" or DESTINATION in seen.unknown):
             return None
+        if atom in _REWRITTEN:
+            return False  # later packets go where the first one went, and were translated here if that one was
         known = told(atom)
         if isinstance(known, Condition):
             return _holds(known, seen)
@@ -288,6 +296,8 @@ def _fact(atom: str, seen: _Seen) -> bool | None:
     packet, hook = seen.packet, seen.hook
     if atom == FRAGMENT:
         return False
+    if atom in _REWRITTEN:
+        return True if _REWRITTEN[atom] in seen.sides else None if packet.state in ("established", "related") else False
     if atom.startswith(_OUT):
         return fits(atom.removeprefix(_OUT), seen.out) if hook == "forward" and seen.out else None
     flags = _FLAGS.fullmatch(atom)
@@ -331,4 +341,4 @@ def _rewrite(seen: _Seen, translation: Translate, hook: HookName) -> _Seen:
         unknown.add(SOURCE)
     if hook == "output" and translation.side == "destination":
         unknown.add(INTERFACE)
-    return replace(seen, packet=packet, unknown=frozenset(unknown), by=translation.text)
+    return replace(seen, packet=packet, unknown=frozenset(unknown), by=translation.text, sides=seen.sides | {translation.side})

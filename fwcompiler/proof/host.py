@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from fwcompiler.addresses import LAST, LOOPBACK, Ranges, intersect, subtract
-from fwcompiler.proof.compose import Composed, Program
+from fwcompiler.proof.compose import Composed, Program, rewritten_side
 from fwcompiler.proof.conditions import Conditions, Place, fits, outs
 from fwcompiler.proof.diagram import ACCEPT, DROP, NO_CHAIN, REJECT, RETURN, Diagrams, Item, Rules
 from fwcompiler.proof.rewrite import MAY, EndsBuilder, assign, choice, graft, relabel
-from fwcompiler.proof.space import DESTINATION, INTERFACE, PORT, SOURCE, SOURCE_PORT, STATE, Condition, Space
+from fwcompiler.proof.space import DESTINATION, FIRST_ATOM, INTERFACE, PORT, SOURCE, SOURCE_PORT, STATE, Condition, Space
 from fwcompiler.ruleset import (
     STATES,
     Chain,
@@ -129,7 +129,16 @@ class HostProgram(Program):
         rests = [ACCEPT]
         for i in reversed(range(len(self.stages))):
             rests.insert(0, self._stage(i, rests, diagrams, space))
-        return rests[0]
+        return self._unwritten(diagrams, space, rests[0])
+
+    def _unwritten(self, diagrams: Diagrams, space: Space, root: int) -> int:
+        """A packet that nothing translated on its way is of no rewritten connection; of a later one, older rules may have been."""
+        for side in ("destination", "source"):
+            number = space.atoms.get(rewritten_side(side))
+            if number is not None:
+                later = sum(1 << STATES.index(state) for state in ("established", "related"))
+                root = choice(diagrams, STATE, later, root, assign(diagrams, root, FIRST_ATOM + number, 1))
+        return root
 
     def _stage(self, number: int, rests: Sequence[int], diagrams: Diagrams, space: Space) -> int:
         """The diagram from one stage on. `rests`: those from the next stage on."""
@@ -153,7 +162,8 @@ class HostProgram(Program):
 
     def _translated(self, number: int, translation: Translate, rests: Sequence[int], diagrams: Diagrams, space: Space) -> int:
         """What becomes of a packet that a stage translates. `rests`: the diagrams from the next stage on."""
-        return rewrite(diagrams, space, translation, rests[self._behind_nat(number) - number - 1], self.stages[number].hook)
+        rest = known_rewritten(diagrams, space, translation, rests[self._behind_nat(number) - number - 1])
+        return rewrite(diagrams, space, translation, rest, self.stages[number].hook)
 
     def _behind_nat(self, number: int) -> int:
         """The first stage behind the nat chains of this hook."""
@@ -186,6 +196,12 @@ def place_in(space: Space, told: Told | None = None) -> Masks:
         return {number: mask for number, mask in found.items() if mask != space.everything(number)}
 
     return masks
+
+
+def known_rewritten(diagrams: Diagrams, space: Space, translation: Translate, rest: int) -> int:
+    """What happens to a packet after a translation, which rules behind it know of."""
+    number = space.atoms.get(rewritten_side(translation.side))
+    return rest if number is None else assign(diagrams, rest, FIRST_ATOM + number, 2)
 
 
 def rewrite(diagrams: Diagrams, space: Space, translation: Translate, rest: int, hook: HookName) -> int:

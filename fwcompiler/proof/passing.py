@@ -234,9 +234,14 @@ def _divergences(policy: Resolved, ruleset: Ruleset) -> Iterator[Divergence]:
 def edge_examples(divergences: Iterable[Divergence], policy: Resolved) -> Iterator[CounterExample]:
     """One for every box: the packets, and what becomes of them on either side."""
     for each in divergences:
-        space, way = each.difference.space, "for the edge itself" if each.inside else "on their way"
-        names = {name: group.addresses.family(space.version) for name, group in policy.groups.items()}
-        for box in each.difference.boxes:
-            packets = f"{way}: {box_text(space, box, names)}"
-            wanted, found = each.ends.text(box.first), each.ends.text(box.second)
-            yield CounterExample(packets, example(space, box), wanted, found, assumed(space, box))
+        way = "for the edge itself" if each.inside else "on their way"
+        yield from divided(each.difference, each.ends, policy, way)
+
+
+def divided(difference: Difference, ends: Ends, policy: Resolved, way: str) -> Iterator[CounterExample]:
+    """One for every box of a difference between programs that share `ends`; `way` says which packets all of them are about."""
+    space = difference.space
+    names = {name: group.addresses.family(space.version) for name, group in policy.groups.items()}
+    for box in difference.boxes:
+        packets = f"{way}: {box_text(space, box, names)}"
+        yield CounterExample(packets, example(space, box), ends.text(box.first), ends.text(box.second), assumed(space, box))

@@ -41,12 +41,16 @@ from fwcompiler.ruleset import (
     Undecided,
     Unknown,
     Untrack,
+    redirected,
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """Everything about a packet but its source. `destination` None: an address of this host, not loopback."""
+    """Everything about a packet but its source. `destination` None: an address of this host, not loopback.
+
+    `rewritten`: a rule of ours gave it another port on its way.
+    """
 
     protocol: int
     port: int = 0
@@ -55,19 +59,21 @@ class Point:
     interface: str = "eth0"
     destination: tuple[int, int] | None = None
     source_port: int = 40000
+    rewritten: bool = False
 
 
 @dataclass
 class Outcome:
     """Which classes of sources a ruleset accepts, by the service that accepts them, and which it drops.
 
-    Those in `untracked` are left alone by connection tracking.
+    Those in `untracked` are left alone by connection tracking, those in `redirected` go on to another port of this host.
     """
 
     accepted: dict[str, int] = field(default_factory=dict)
     dropped: dict[str, int] = field(default_factory=dict)
     uncertain: int = 0
     untracked: int = 0
+    redirected: dict[int, int] = field(default_factory=dict)
 
     def accepts(self) -> int:
         """The mask of all classes that are accepted."""
@@ -102,16 +108,21 @@ class Program:
                 outcome.dropped[service] = outcome.dropped.get(service, 0) | mask
             outcome.uncertain |= each.uncertain
             services = each.accepted
-            parts = self._tracked_and_not(parts, each)
+            parts = self._behind(parts, each)
         alive = sum(parts.values())
         outcome.accepted = {s: m & alive for s, m in services.items() if m & alive}
         return outcome
 
-    def _tracked_and_not(self, parts: Mapping[Point, int], each: Outcome) -> dict[Point, int]:
-        """Behind a chain: what it let through, by whether connection tracking looks at it."""
+    def _behind(self, parts: Mapping[Point, int], each: Outcome) -> dict[Point, int]:
+        """Behind a chain: what it let through, by whether connection tracking looks at it, and by the port it goes on to."""
         found: dict[Point, int] = {}
         for point, mask in parts.items():
             left = mask & each.accepts()
+            for port, moved in each.redirected.items():
+                if left & moved:
+                    there = replace(point, port=port, rewritten=True)
+                    found[there] = found.get(there, 0) | left & moved
+                    left &= ~moved
             for now, part in ((replace(point, state="untracked"), left & each.untracked), (point, left & ~each.untracked)):
                 if part:
                     found[now] = found.get(now, 0) | part
@@ -141,6 +152,9 @@ class Program:
                     continue
                 case SetDscp():
                     continue
+                case Translate(ports=(port, _)) if rule.verdict == redirected(port):
+                    outcome.redirected[port] = outcome.redirected.get(port, 0) | taken
+                    outcome.accepted[""] = outcome.accepted.get("", 0) | taken
                 case Translate() | Undecided():
                     # Only `proof.host` follows these.
                     outcome.uncertain |= taken
@@ -193,7 +207,7 @@ class Program:
                 icmp = PROTOCOLS["icmp" if version == 4 else "icmpv6"]
                 return self._families[version] if point.protocol == icmp and point.icmp_type in types else 0
             case Rewritten(_, negated):
-                return everyone if negated else 0
+                return everyone if point.rewritten != negated else 0
             case Limit() | ForHost():
                 return everyone
             case OverLimit():

@@ -37,6 +37,7 @@ from fwcompiler.ruleset import (
     Undecided,
     Unknown,
     Untrack,
+    redirected,
 )
 
 
@@ -104,6 +105,7 @@ def trace_through(ruleset: Ruleset, packet: Packet, leaves: str) -> Decision:
 class _Trace:
     def __init__(self, ruleset: Ruleset, packet: Packet, given: Mapping[str, bool], out: str = "", *, nat: bool = False) -> None:
         self._out, self._nat = out, nat
+        self._rewritten = False
         self._chains: Mapping[str, Chain] = {c.name: c for c in ruleset.chains}
         self._sets: Mapping[str, AddressSet] = {s.name: s for s in ruleset.sets}
         self._packet = packet
@@ -117,6 +119,9 @@ class _Trace:
                 continue
             if self._nat and isinstance(rule.verdict, Translate) and rule.verdict.side == "destination" and rule.verdict.ranges:
                 return Decision("accept", chain.name, rule, to=rule.verdict.ranges[0][0])
+            if isinstance(rule.verdict, Translate) and rule.verdict.ports and rule.verdict == redirected(rule.verdict.ports[0]):
+                self._packet, self._rewritten = replace(self._packet, port=rule.verdict.ports[0]), True
+                return Decision("accept", chain.name, rule)
             unknown = next((_name(m) for m in rule.matches if isinstance(m, Unknown | Foreign)), "")
             if isinstance(rule.verdict, Translate | Undecided):
                 unknown = unknown or str(rule.verdict)
@@ -167,8 +172,8 @@ class _Trace:
             case ForHost():
                 return self._given.get(LOCAL, True)
             case Rewritten(_, negated):
-                # Without a way through NAT a packet is what it was sent as.
-                return negated
+                # Where no rule translates it, a packet is what it was sent as.
+                return self._rewritten != negated
             case Unknown() | Foreign():
                 return True
 

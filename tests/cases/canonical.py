@@ -28,9 +28,11 @@ from fwcompiler.ruleset import (
     OverLimit,
     PortIn,
     ProtocolIs,
+    Rewritten,
     Rule,
     SetDscp,
     StateIn,
+    Translate,
     TypeIn,
     Unknown,
     Untrack,
@@ -127,6 +129,8 @@ def _verdict(verdict: Verdict) -> str:
             return " untracked, go on"
         case SetDscp(value):
             return f" mark {value}, go on"
+        case Translate(ports=ports):
+            return f" {verdict.text} to port {port_text(ports)}" if ports else f" {verdict.text}"
         case None:
             return " go on"
 
@@ -154,6 +158,8 @@ def _match(match: Match) -> str:
             return f"at most {rate} a {per}, {burst} at once"
         case OverLimit(version, name, rate, per, burst):
             return f"IPv{version} source over {rate} a {per}, {burst} at once, as {name}"
+        case Rewritten(side):
+            return f"{side} {no}rewritten"
         case ForHost():
             return "for this host"
         case Unknown(text):
