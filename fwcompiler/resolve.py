@@ -89,6 +89,13 @@ class ResolvedService:
         """`udp/5060` and so on, one a range."""
         return tuple(text for p in self.ports for text in p.texts())
 
+    def heard_ports(self) -> tuple[Ports, ...]:
+        """Where something listens for it: the responder's port, and with that its own only where groups stay in the clear."""
+        if self.options.responder is None:
+            return self.ports
+        responder = Ports("tcp", ((self.options.responder, self.options.responder),))
+        return (responder, *self.ports) if self.options.plain else (responder,)
+
 
 @dataclass(frozen=True, slots=True)
 class ResolvedBlock:

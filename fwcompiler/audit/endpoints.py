@@ -92,7 +92,7 @@ def network(text: str) -> Addresses | None:
 def covering(policy: Resolved, protocol: str, port: int) -> ResolvedService | None:
     """The service that a port belongs to; there is at most one."""
     for service in policy.services:
-        for ports in service.ports:
+        for ports in (*service.ports, *service.heard_ports()):
             if ports.protocol == protocol and any(low <= port <= high for low, high in ports.ranges):
                 return service
     return None

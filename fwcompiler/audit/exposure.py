@@ -132,18 +132,17 @@ def _uncovered(policy: Resolved, facts: Facts, listeners: tuple[Listener, ...]) 
 def _unheard(policy: Resolved, listeners: tuple[Listener, ...]) -> Iterator[Issue]:
     taken = {(each.protocol, each.port): each for each in listeners}
     for service in policy.services:
-        if service.name in ON_DEMAND or not any(p.ranges for p in service.ports):
+        ports = service.heard_ports()
+        if service.name in ON_DEMAND or not any(p.ranges for p in ports):
             continue
-        heard = [
-            each for p in service.ports for (protocol, port), each in taken.items() if p.protocol == protocol and _inside(port, p.ranges)
-        ]
-        texts = ", ".join(service.port_texts())
+        heard = [each for p in ports for (protocol, port), each in taken.items() if p.protocol == protocol and _inside(port, p.ranges)]
+        texts = ", ".join(text for p in ports for text in p.texts())
         if not heard:
             message = f"`{service.name}` opens {texts}, and nothing listens there: whatever starts there is open at once"
             yield Issue("unheard", "warning", message, service.at, remedy="take the service out, or start what it is for")
         elif not any(beyond(each) for each in heard):
-            ports = ", ".join(sorted({f"{each.protocol}/{port_text((each.port, each.port))}" for each in heard}))
-            message = f"`{service.name}` opens {texts}, and what listens ({ports}) is reached from the host itself only"
+            found = ", ".join(sorted({f"{each.protocol}/{port_text((each.port, each.port))}" for each in heard}))
+            message = f"`{service.name}` opens {texts}, and what listens ({found}) is reached from the host itself only"
             yield Issue("unheard", "warning", message, service.at, remedy="take the service out, or let it listen on an outer address")
 
 

@@ -182,7 +182,8 @@ class _Gatherer:
     def _answers(self, listeners: Sequence[Listener] | None) -> Iterator[Answer]:
         if not any(s.name == "http" for s in self._policy.services):
             return
-        for port in self._ports_of(("http",), ()):
+        asked = [s.heard_ports()[:1] if s.options.responder else s.ports for s in self._policy.services if s.name == "http"]
+        for port in dict.fromkeys(low for ports in asked for p in ports for low, _ in p.ranges if p.protocol == "tcp"):
             where = self._where(listeners, port)
             if where is None:
                 continue

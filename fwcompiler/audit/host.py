@@ -72,7 +72,7 @@ def _redirect(answer: Answer, service: ResolvedService) -> Iterator[Issue]:
     """The last hop has to lead to HTTPS; one that serves content in the clear is what the check is for."""
     place = f"tcp/{answer.port} ({answer.where})"
     url, status, target = answer.hops[-1]
-    remedy = "redirect everything but /.well-known/acme-challenge/ to https:// (docs/howto/audit.md has the lines for Apache and nginx)"
+    remedy = "redirect everything but /.well-known/acme-challenge/ to https:// (`fwc compile -o` writes the lines for Apache and nginx)"
     if target and urlsplit(target).scheme == "https" and 300 <= status < 400:
         return
     if 200 <= status < 300:

@@ -63,8 +63,9 @@ def compile_(
     output: Annotated[str | None, typer.Option("--output", "-o", metavar="DIR", help="Write the files there.")] = None,
     every: Annotated[bool, typer.Option("--all", help="For every host of the policy, each in a folder of its own below DIR.")] = False,
 ) -> int:
-    """Print the ruleset that would be loaded; with several dialers, what belongs into their rtp.conf as well."""
+    """Print the ruleset that would be loaded, and beside it what belongs into dialers' rtp.conf and into the web server's files."""
     from fwcompiler.pipeline import render
+    from fwcompiler.webserver import left_to_web_server, redirect_files
 
     options: Options = context.obj
     if every and output is None and not options.json:
@@ -78,7 +79,9 @@ def compile_(
     for compiled in hosts:
         place = f"{compiled.resolved.host.name}/" if every and compiled.resolved.host else ""
         plan = compiled.resolved.plan
-        notes |= {place + name: text for name, text in plan.rtp_confs(compiled.resolved.host).items()} if plan else {}
+        beside = plan.rtp_confs(compiled.resolved.host) if plan else {}
+        beside |= redirect_files() if left_to_web_server(compiled.resolved) else {}
+        notes |= {place + name: text for name, text in beside.items()}
         files |= {place + name: text for name, text in render(compiled, backend).files.items()}
     if output is not None:
         write_files(Path(output), files | notes)

@@ -71,6 +71,19 @@ def test_services_without_a_socket(tmp_path: Path) -> None:
     assert "nothing listens there" in found[1].message
 
 
+def test_sockets_of_a_responder(tmp_path: Path) -> None:
+    """Behind a redirect something has to listen at the responder's port, and at port 80 only for groups in the clear."""
+    text = f"{HEAD}services:\n  http: {{from: anywhere, redirect: responder}}\n"
+    heard = {port: (listener(f"tcp/0.0.0.0/{port}"),) for port in (80, 8880)}
+    found = {port: list(exposure(compiled(tmp_path, text).resolved, facts(tmp_path, listeners=heard[port]))) for port in heard}
+    clear = compiled(tmp_path, text.replace("responder}", "responder, plain: [cluster]}")).resolved
+
+    assert found[8880] == []
+    assert said(found[80]) == [("unheard", "warning", 9)]
+    assert "opens tcp/8880, and nothing listens there" in found[80][0].message
+    assert list(exposure(clear, facts(tmp_path, listeners=heard[80]))) == []
+
+
 @pytest.mark.parametrize(
     ("addresses", "lines"), [(["203.0.113.5"], []), (["203.0.113.5", "2001:db8::5"], [12, 13]), (["2001:db8::5"], [12, 13]), ([], [])]
 )
