@@ -30,8 +30,8 @@ from fwcompiler.ruleset import Ruleset
 FAMILIES = (4, 6)
 MAX_BOXES = 20
 WIDENING = (SOURCE, DESTINATION)
-FIRST_TRY = 2_000_000
-"""Steps that each order of fields is given before the next one is tried."""
+TRIES = (150_000, 2_000_000)
+"""Steps that each order of fields is given before the next one is tried, in the first round and in the second."""
 ORDERS = (
     (INTERFACE, STATE, PROTOCOL, SOURCE, DESTINATION, PORT, SOURCE_PORT, TYPE),
     (INTERFACE, STATE, PROTOCOL, PORT, SOURCE_PORT, TYPE, DESTINATION, SOURCE),
@@ -118,7 +118,7 @@ def deep_enough(space: Space) -> Iterator[None]:
 def _build(first: Program, second: Program, space: Space) -> tuple[Diagrams, int, int]:
     """Both programs' diagrams, in the first order of fields that is cheap enough."""
     atoms = range(FIRST_ATOM, FIRST_ATOM + len(space.atoms))
-    for order, steps in (*((order, FIRST_TRY) for order in ORDERS), (ORDERS[0], STEPS)):
+    for order, steps in (*((order, steps) for steps in TRIES for order in ORDERS), (ORDERS[0], STEPS)):
         diagrams = Diagrams({number: space.everything(number) for number in (*order, *atoms)}, steps)
         try:
             return diagrams, first.diagram(diagrams, space), second.diagram(diagrams, space)

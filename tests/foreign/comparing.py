@@ -12,7 +12,7 @@ from fwcompiler.proof.conditions import ordered, outs
 from fwcompiler.proof.describe import box_text
 from fwcompiler.proof.diagram import ACCEPT, VERDICTS, Diagrams, StepsExceeded
 from fwcompiler.proof.host import Stage, of_host, place_in, stages
-from fwcompiler.proof.prove import FIRST_TRY, ORDERS, Box, differ
+from fwcompiler.proof.prove import ORDERS, TRIES, Box, differ
 from fwcompiler.proof.rewrite import graft, relabel
 from fwcompiler.proof.space import FIRST_ATOM, STATE, Space, make_space
 from fwcompiler.ruleset import STATES, Final, HookName, Rule, Ruleset, State, Unknown
@@ -109,7 +109,7 @@ def _pairs(diagrams: Diagrams, first: int, second: int, level: int = -1, allowed
 def _built(first: Program, second: Program, space: Space) -> tuple[Diagrams, int, int]:
     atoms = range(FIRST_ATOM, FIRST_ATOM + len(space.atoms))
     for order in ORDERS:
-        diagrams = Diagrams({number: space.everything(number) for number in (*order, *atoms)}, 2 * FIRST_TRY)
+        diagrams = Diagrams({number: space.everything(number) for number in (*order, *atoms)}, 2 * TRIES[-1])
         try:
             return diagrams, first.diagram(diagrams, space), second.diagram(diagrams, space)
         except StepsExceeded:

@@ -50,7 +50,7 @@ STATE_SETS = st.sets(st.sampled_from(STATES), min_size=1, max_size=3).map(frozen
 TYPES = st.sets(st.sampled_from((0, 3, 8, 11, 128, 135, 255)), min_size=1, max_size=3).map(lambda t: tuple(sorted(t)))
 PROTOCOLS = st.sampled_from((1, 6, 17, 58, 112))
 NEGATED = st.sampled_from((False, False, True))
-SETS = ("alpha", "beta", "guests")
+SETS = ("alpha", "beta", "guests.dynamic")
 """Static sets of either family are `alpha.v4` and so on; the last one is dynamic."""
 LIMITS = st.builds(Limit, st.sampled_from((5, 20)), st.just("second"), st.sampled_from((10, 40)))
 _FINALS = st.sampled_from((Final.ACCEPT, Final.ACCEPT, Final.DROP, Final.DROP, Final.REJECT, Final.RETURN))
