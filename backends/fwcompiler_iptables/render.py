@@ -51,6 +51,7 @@ from fwcompiler_iptables.tables import (
     Tables,
     chain_name,
     is_built_in,
+    open_ends,
     order,
     placement,
     split,
@@ -336,7 +337,11 @@ def refuse(ruleset: Ruleset) -> list[Finding]:
         for rule in chain.rules
         for text in _place_faults(table, rule)
     ]
-    return list(dict.fromkeys((*names, *chains, *rules, *places)))
+    ends = [
+        Finding("value", f"iptables cannot drop what `{chain.name}` lets return from `{base.name}`", _origin(chain))
+        for base, chain in open_ends(ruleset)
+    ]
+    return list(dict.fromkeys((*names, *chains, *rules, *places, *ends)))
 
 
 def _origin(chain: Chain) -> Position | None:

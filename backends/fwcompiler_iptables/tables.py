@@ -184,7 +184,30 @@ def _concerns(rule: Rule, version: int) -> bool:
 
 
 def _is_closed(rules: Sequence[Rule]) -> bool:
-    return bool(rules) and rules[-1].verdict is not None and not [m for m in rules[-1].matches if not isinstance(m, Family)]
+    """True where no packet comes to the end; a jump may come back, and `return` leaves by the end."""
+    if not rules or [m for m in rules[-1].matches if not isinstance(m, Family)]:
+        return False
+    verdict = rules[-1].verdict
+    return isinstance(verdict, Goto) or (isinstance(verdict, Final) and verdict is not Final.RETURN)
+
+
+def open_ends(ruleset: Ruleset) -> Iterator[tuple[Chain, Chain]]:
+    """Base chains that are to drop what is left, each with a chain by which packets would leave it undecided all the same.
+
+    Our base chain is one that the built-in chain jumps to. A `return` in it, or in what it goes to without coming back, leads
+    past the rule that stands for its policy.
+    """
+    known = {c.name: c for c in ruleset.chains}
+    for base in ruleset.chains:
+        if base.hook is None or base.hook.policy != "drop" or is_built_in(base):
+            continue
+        reached = [base]
+        for chain in reached:
+            called = (r.verdict.chain for r in chain.rules if isinstance(r.verdict, Goto))
+            reached += dict.fromkeys(known[n] for n in called if n in known and known[n] not in reached)
+            ends = (_is_closed([r for r in chain.rules if _concerns(r, version)]) for version in (4, 6))
+            if any(r.verdict is Final.RETURN for r in chain.rules) or (chain is not base and not all(ends)):
+                yield base, chain
 
 
 def order(aims: Mapping[str, Tables]) -> Iterator[str]:

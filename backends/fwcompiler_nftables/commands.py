@@ -13,7 +13,24 @@ from typing import Literal
 
 from fwcompiler.backend import Command, Fill, Rendered, Saved, SetChange, Step
 from fwcompiler.diagnostics import Finding, Position
-from fwcompiler.ruleset import AddressSet, Chain, Foreign, InSet, Rule, Ruleset, Translate, Undecided, Unknown, is_ours
+from fwcompiler.ports import PROTOCOLS
+from fwcompiler.ruleset import (
+    AddressSet,
+    Chain,
+    Family,
+    Foreign,
+    InRanges,
+    InSet,
+    PortIn,
+    ProtocolIs,
+    Rule,
+    Ruleset,
+    Translate,
+    TypeIn,
+    Undecided,
+    Unknown,
+    is_ours,
+)
 from fwcompiler_nftables.parse import STRAY, parse_listing, read_counters
 from fwcompiler_nftables.render import TABLE, Line, elements, hook_spec, limit_spec, limits, member_text, rule_lines, set_spec, table_text
 from fwcompiler_nftables.saved import read_foreign, read_own
@@ -21,6 +38,7 @@ from fwcompiler_nftables.saved import read_foreign, read_own
 INLINE = 500
 """Entries up to which a set's content is written into the transaction's text."""
 
+_ICMP = {4: "icmp", 6: "icmpv6"}
 _DELETE_TABLE = Command(("nft", "-f", "-"), f"add table {TABLE}\ndelete table {TABLE}\n")
 
 
@@ -244,3 +262,9 @@ def _faults(rule: Rule) -> Iterable[str]:
     yield from (str(match) for match in rule.matches if isinstance(match, Foreign))
     if isinstance(rule.verdict, Undecided) or (isinstance(rule.verdict, Translate) and not is_ours(rule.verdict)):
         yield str(rule.verdict)
+    protocols = {m.protocol if isinstance(m, PortIn) else _ICMP[m.version] for m in rule.matches if isinstance(m, PortIn | TypeIn)}
+    numbers = {m.number for m in rule.matches if isinstance(m, ProtocolIs) and not m.negated}
+    if len(protocols) > 1 or (protocols and numbers - {PROTOCOLS[p] for p in protocols}):
+        yield f"ports or types of several protocols in one rule: {', '.join(sorted(protocols | set(map(str, numbers))))}"
+    if len({m.version for m in rule.matches if isinstance(m, InSet | InRanges | Family | TypeIn)}) > 1:
+        yield "both address families in one rule"
