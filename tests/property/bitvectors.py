@@ -98,14 +98,9 @@ def not_if(negated: bool, formula: Bool) -> Bool:
 
 @dataclass
 class Reading:
-    """Gives tests that remember names of their own, in the order in which they are met.
-
-    `ours`: as the reader of fwc's own rules counts, which leaves rules out that can never hold for the family, and tells a limit
-    that stands before other tests from one behind them.
-    """
+    """Gives tests that remember names of their own, in the order in which they are met."""
 
     version: int
-    ours: bool
     seen: dict[str, int] = field(default_factory=dict)
 
     def own(self, text: str) -> str:
@@ -113,32 +108,31 @@ class Reading:
         self.seen[text] = self.seen.get(text, 0) + 1
         return text if self.seen[text] == 1 else f"{text} ({self.seen[text]})"
 
-    def rule(self, rule: Rule, hook: Hook | None = None) -> Rule:
+    def rule(self, rule: Rule, hook: Hook) -> Rule:
         """The rule with names in place of what counts."""
         if rule.verdict is None:
             return rule
-        if self.ours and any(self._impossible(m) for m in rule.matches):
-            return replace(rule, matches=(NEVER,))
-        matches = tuple(self._named(m, hook, last=m is rule.matches[-1]) for m in rule.matches)
+        matches = self._all(rule.matches, hook)
         verdict = rule.verdict
         if isinstance(verdict, Undecided):
             verdict = Undecided(self.own(f"accepted by {verdict.text}"))
         return replace(rule, matches=matches, verdict=verdict)
 
-    def _impossible(self, match: Match) -> bool:
-        if isinstance(match, Interface):
-            return match.way == "out" and not match.negated
-        return isinstance(match, InSet | InRanges | Family | TypeIn) and match.version != self.version
+    def _all(self, matches: Sequence[Match], hook: Hook) -> tuple[Match, ...]:
+        """What has to hold together. Where a family's test fails nothing counts; a limit before other tests counts more packets."""
+        if any(isinstance(m, InSet | InRanges | Family | TypeIn) and m.version != self.version for m in matches):
+            return (NEVER,)
+        return tuple(self._named(m, hook, last=i == len(matches) - 1) for i, m in enumerate(matches))
 
-    def _named(self, match: Match, hook: Hook | None, *, last: bool) -> Match:
+    def _named(self, match: Match, hook: Hook, *, last: bool) -> Match:
         match match:
             case Limit(rate, per, burst):
-                return Opaque(self.own(f"limit {rate}/{per} burst {burst}{', before other tests' if self.ours and not last else ''}"))
+                return Opaque(self.own(f"limit {rate}/{per} burst {burst}{'' if last else ', before other tests'}"))
             case Opaque(text, negated, True):
                 return Opaque(self.own(text), negated)
             case AnyOf(alternatives, negated):
-                return AnyOf(tuple(tuple(self._named(m, hook, last=True) for m in each) for each in alternatives), negated)
-            case StateIn(states, negated) if hook and not _tracked(hook):
+                return AnyOf(tuple(self._all(each, hook) for each in alternatives), negated)
+            case StateIn(states, negated) if not _tracked(hook):
                 if ("invalid" in states) == ("untracked" in states):
                     return ALWAYS if ("invalid" in states) != negated else NEVER
                 return Opaque(self.own(f"state {'/'.join(sorted(states))} before connection tracking, at {hook.name}"), negated)
@@ -287,7 +281,7 @@ def bases(ruleset: Ruleset, version: int, hook: str, reading: Reading) -> Iterat
     found.sort(key=lambda pair: (way.index(pair[1].name), _NAT if pair[1].kind == "nat" else pair[1].priority, pair[1].priority))
     for chain, where in found:
         reached = _reached(chain, chains)
-        yield Base(chain.name, where, {c.name: c.rules if reading.ours else [reading.rule(r, where) for r in c.rules] for c in reached})
+        yield Base(chain.name, where, {c.name: [reading.rule(r, where) for r in c.rules] for c in reached})
 
 
 def _reached(base: Chain, chains: Mapping[str, Chain]) -> list[Chain]:
@@ -299,13 +293,10 @@ def _reached(base: Chain, chains: Mapping[str, Chain]) -> list[Chain]:
     return found
 
 
-def fate(ruleset: Ruleset, p: Fields, hook: str, *, ours: bool) -> dict[str, Bool]:
-    """Under which condition a host accepts, drops or rejects a packet on its way to a hook; `ours` as in `Reading`."""
+def fate(ruleset: Ruleset, p: Fields, hook: str) -> dict[str, Bool]:
+    """Under which condition a host accepts, drops or rejects a packet on its way to a hook."""
     sets = {s.name: None if s.dynamic else s.ranges for s in ruleset.sets}
-    reading = Reading(p.version, ours)
-    if ours:
-        ruleset = replace(ruleset, chains=tuple(replace(c, rules=tuple(reading.rule(r) for r in c.rules)) for c in ruleset.chains))
-    return _through(list(bases(ruleset, p.version, hook, reading)), 0, sets, p)
+    return _through(list(bases(ruleset, p.version, hook, Reading(p.version))), 0, sets, p)
 
 
 def _through(found: Sequence[Base], at: int, sets: Mapping[str, Ranges | None], p: Fields) -> dict[str, Bool]:

@@ -16,7 +16,7 @@ from property.bitvectors import OUTS, VERDICTS, Fields, fate, inside
 from property.rulesets import VERSIONS, edited, host_rulesets, own_rulesets
 from property.strategies import LAW
 
-from fwcompiler.proof.compose import Program, from_ruleset
+from fwcompiler.proof.compose import Program
 from fwcompiler.proof.host import of_host
 from fwcompiler.proof.prove import Difference, differ
 from fwcompiler.ruleset import HookName, Ruleset
@@ -53,11 +53,11 @@ def judge(difference: Difference | None, packet: Fields, first: dict[str, Any], 
     assert outside != difference.more, "all differences are told, or it is said that there are more"
 
 
-def compare(first: Program, second: Program, rulesets: tuple[Ruleset, Ruleset], version: int, hook: str, *, ours: bool) -> bool:
+def compare(first: Program, second: Program, rulesets: tuple[Ruleset, Ruleset], version: int, hook: str) -> bool:
     """Ask both, and return whether the rulesets are equal."""
     packet = Fields.any(version)
     difference = differ(first, second, version)
-    judge(difference, packet, *(fate(each, packet, hook, ours=ours) for each in rulesets))
+    judge(difference, packet, *(fate(each, packet, hook) for each in rulesets))
     return difference is None
 
 
@@ -70,8 +70,8 @@ def test_our_own_rules() -> None:
     def law(version: int, data: st.DataObject) -> None:
         first = data.draw(own_rulesets(version))
         second = data.draw(st.one_of(edited(first), edited(first), own_rulesets(version)))
-        programs = (from_ruleset(each, version) for each in (first, second))
-        equal[compare(*programs, (first, second), version, "input", ours=True)] += 1
+        programs = (of_host(each, version) for each in (first, second))
+        equal[compare(*programs, (first, second), version, "input")] += 1
 
     law()
     assert min(equal.values()) > 15, equal
@@ -88,7 +88,7 @@ def test_whole_hosts(hook: HookName) -> None:
         first = data.draw(host_rulesets(version, hook))
         second = data.draw(st.one_of(edited(first), edited(first), host_rulesets(version, hook)))
         programs = (of_host(each, version, hook, OUTS) for each in (first, second))
-        equal[compare(*programs, (first, second), version, hook, ours=False)] += 1
+        equal[compare(*programs, (first, second), version, hook)] += 1
 
     law()
     assert min(equal.values()) > 8, equal
@@ -105,8 +105,8 @@ def test_the_second_opinion_can_disagree() -> None:
         return Ruleset((Chain("input", (rule,), Hook("input")),))
 
     first, second, packet = ruleset(7), ruleset(8), Fields.any(4)
-    fates = [fate(each, packet, "input", ours=True) for each in (first, second)]
-    difference = differ(from_ruleset(first, 4), from_ruleset(second, 4), 4)
+    fates = [fate(each, packet, "input") for each in (first, second)]
+    difference = differ(of_host(first, 4), of_host(second, 4), 4)
     assert difference is not None
     judge(difference, packet, *fates)
 
