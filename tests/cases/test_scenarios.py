@@ -47,6 +47,7 @@ WRITTEN_WITH = {"nft": "v1.0.6", "iptables-nft": "v1.8.9", "iptables-legacy": "v
 ONLY_ON_HOSTS = {
     "kernel": "a refusal by the kernel; fwc renders nothing that a kernel refuses, so only a host's own state can cause it",
     "list-shrink": "compares with what was applied before",
+    "lock-out": "about who is logged in on the host",
 }
 """Codes of `diagnostics.CODES` that no policy file alone can trigger, with the reason."""
 

@@ -300,6 +300,8 @@ AT_LIVE_LOAD = """
 case "$*" in
   *list*|*-save*) exec "$REAL" "$@" ;;
 esac
+cat > "$HERE/input"; exec < "$HERE/input"
+grep -q -e 'service.https' -e 'FWC-s.https' "$HERE/input" || exec "$REAL" "$@"
 n=$(( $(cat "$HERE/count" 2>/dev/null || echo 0) + 1 )); echo $n > "$HERE/count"
 if [ $n -ne 2 ]; then exec "$REAL" "$@"; fi
 {action}

@@ -10,11 +10,15 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from ipaddress import ip_network
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cli.harness import FWC, Host, valid, wrapper
+
+from fwcompiler.addresses import EVERYONE, NOBODY, Addresses
 
 PROGRAMS = {
     "nftables": ("nft",),
@@ -44,25 +48,41 @@ NEW = OLD.replace("10.0.0.0/24", "10.200.0.0/24").replace(
 )
 
 
-def families(entry: Mapping[str, object]) -> set[int]:
-    """The address families that one line of gained or lost access is about."""
-    sources = entry["from"]
-    assert isinstance(sources, list)
-    return {4, 6} if "anywhere" in sources else {6 if ":" in text else 4 for text in sources}
+def span(text: str) -> tuple[int, int, int]:
+    """A prefix, a range `a-b` or an address, as family, first and last."""
+    first, _, last = text.partition("-")
+    networks = [ip_network(part) for part in (first, last or first)]
+    return networks[0].version, int(networks[0][0]), int(networks[1][-1])
 
 
-def differing(host: Host, policy: str) -> set[int]:
-    """The families in which the kernel grants other access than a policy."""
-    ran = host.fwc("diff", host.write(policy, "asked.yaml"), "--json")
-    found = valid("diff", ran.json)
-    return {version for entry in (*found["gained"], *found["lost"]) for version in families(entry)}
+def reached(entries: Sequence[Mapping[str, Any]]) -> dict[str, Addresses]:
+    """Who gains or loses what, by protocol and ports."""
+    found: dict[str, Addresses] = {}
+    for entry in entries:
+        spans = [span(text) for text in entry["from"] if text != "anywhere"]
+        named = Addresses.of(*([(low, high) for v, low, high in spans if v == version] for version in (4, 6)))
+        found[entry["to"]] = found.get(entry["to"], NOBODY) | (EVERYONE if "anywhere" in entry["from"] else named)
+    return found
+
+
+def differing(host: Host, policy: str) -> dict[str, dict[str, Addresses]]:
+    """What the kernel would gain and lose on the way to a policy."""
+    found = valid("diff", host.fwc("diff", host.write(policy, "asked.yaml"), "--json").json)
+    return {key: reached(found[key]) for key in ("gained", "lost")}
 
 
 def check_and_heal(host: Host, old: str, new: str) -> None:
-    """After a kill: one of both policies in each family, a state that can be read, and a next apply that ends in sync."""
-    assert not differing(host, old) & differing(host, new), "some family has neither the old nor the new access"
+    """After a kill: access between both policies, a state that can be read, and a next apply that ends in sync.
+
+    Each table of iptables is a transaction of its own. Whoever has access by both policies keeps it all the same, and nobody has
+    any that neither grants. With nftables, one of both policies is in force as a whole.
+    """
+    to_old, to_new = differing(host, old), differing(host, new)
+    for key, what in (("gained", "access that both policies grant is missing"), ("lost", "neither policy grants what the kernel does")):
+        for to in to_old[key].keys() & to_new[key].keys():
+            assert not to_old[key][to] & to_new[key][to], f"{to}: {what}"
     if host.backend == "nftables":
-        assert not differing(host, old) or not differing(host, new), "one transaction covers both families"
+        assert not any(to_old.values()) or not any(to_new.values()), "one transaction covers both families"
     status = host.fwc("status", "--json")
     assert status.code == 0, status
     valid("status", status.json)

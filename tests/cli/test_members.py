@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +74,9 @@ def flush(host: Host) -> None:
     if host.backend == "nftables":
         host.run("nft", "delete", "table", "inet", "fwc")
         return
-    for version in (4, 6):
-        host.iptables("-F", version=version)
-        host.iptables("-X", version=version)
+    for version, table in product((4, 6), ("filter", "raw")):
+        host.iptables("-t", table, "-F", version=version)
+        host.iptables("-t", table, "-X", version=version)
     host.run("ipset", "destroy")
 
 
