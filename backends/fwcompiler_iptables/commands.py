@@ -18,7 +18,7 @@ from fwcompiler.diagnostics import Finding
 from fwcompiler.ruleset import AddressSet, InSet, Rule, Ruleset
 from fwcompiler_iptables import render
 from fwcompiler_iptables.parse import ALONE, parse_listing
-from fwcompiler_iptables.render import Lines, create_words, member_lines, set_name, specs
+from fwcompiler_iptables.render import SLOTS, Lines, create_words, member_lines, set_name, specs, twin_name
 from fwcompiler_iptables.saved import read_foreign, read_own
 from fwcompiler_iptables.tables import BUILT_IN, NOTHING, Tables, chain_name, order, tables
 
@@ -239,10 +239,9 @@ class _Sets:
         return replace(each, ranges=change.set.ranges or each.ranges)
 
     def _free_slot(self, each: AddressSet) -> str:
-        old = self.live.get(each.name)
-        if old:
-            return "" if old.slot else "b"
-        return "b" if set_name(each.name) in self.strays and set_name(each.name, "b") not in self.strays else ""
+        names = (each.name, twin_name(each.name))
+        free = [slot for slot in SLOTS if slot not in {self.live[name].slot for name in names if name in self.live}]
+        return next((slot for slot in free if set_name(each.name, slot) not in self.strays), free[0])
 
     def before(self) -> Iterator[Step]:
         """Sets that the new rules or the swaps need, filled; a stray that has the name of one makes way first."""

@@ -50,7 +50,7 @@ from fwcompiler.ruleset import (
     redirected,
     sent_on,
 )
-from fwcompiler_iptables.render import PROTOCOL_NUMBER, SET_PREFIX, neutral_set, quote
+from fwcompiler_iptables.render import PROTOCOL_NUMBER, SET_PREFIX, neutral_set, quote, twin_name
 from fwcompiler_iptables.tables import BUILT_IN, CHAIN_PREFIX, hook_of, joined, neutral_chain, split
 
 ALONE = "a table that holds nothing else"
@@ -188,7 +188,8 @@ def _read_sets(text: str, matched: set[str]) -> tuple[dict[str, AddressSet], lis
     """Our sets by the names they have in the kernel, and the others that carry our prefix.
 
     Both variants see the same sets: one that is in use, but not by this variant's rules, is the other one's business.
-    Where both twins of a set are there, a crash left one behind: the one that rules match is the set.
+    Where both twins of a set are there, a crash left one behind: the one that rules match is the set. Where the rules of one table
+    match one and those of another table the other, the second is a set of its own, which nobody wants any more.
     """
     found: dict[str, AddressSet] = {}
     others: list[str] = []
@@ -203,6 +204,9 @@ def _read_sets(text: str, matched: set[str]) -> tuple[dict[str, AddressSet], lis
                 others.append(f"set {kernel}")
     for kernel in sorted(found, key=lambda k: (k in matched, not found[k].slot)):
         if [each.name for each in found.values()].count(found[kernel].name) > 1:
+            if kernel in matched:
+                found[kernel] = replace(found[kernel], name=twin_name(found[kernel].name))
+                continue
             others.append(f"set {kernel}")
             del found[kernel]
     return found, others

@@ -71,8 +71,10 @@ _TIMEOUT_MAX = 2147483
 """Seconds (ipset(8), "timeout")."""
 _EXTENSION_HEADERS = (43, 44, 51, 60)
 """The kernel looks behind these for the protocol (net/ipv6/netfilter/ip6_tables.c, ``ip6_packet_match``)."""
-_SET_NAME = re.compile(r"([A-Za-z][A-Za-z0-9_-]*)(\.dynamic)?\.v([46])")
-_KERNEL_SET = re.compile(r"fwc-([A-Za-z][A-Za-z0-9_-]*)(~?)([46])(b?)")
+SLOTS = ("", "b", "c")
+"""A set and its twin; the third is for what a crash between two tables leaves: either twin in use by one of them."""
+_SET_NAME = re.compile(r"([A-Za-z][A-Za-z0-9_-]*)(\.dynamic)?(?:\.twin)?\.v([46])")
+_KERNEL_SET = re.compile(r"fwc-([A-Za-z][A-Za-z0-9_-]*)(~?)([46])([bc]?)")
 _PLAIN = re.compile(r"[A-Za-z0-9_./:,+=@-]+")
 
 
@@ -82,7 +84,7 @@ def is_set_name(name: str) -> bool:
 
 
 def set_name(name: str, slot: str = "") -> str:
-    """``carriers.v4`` is ``fwc-carriers4``, ``agents.dynamic.v6`` is ``fwc-agents~6``; a twin has a ``b`` behind it."""
+    """``carriers.v4`` is ``fwc-carriers4``, ``agents.dynamic.v6`` is ``fwc-agents~6``; a twin has a ``b`` or a ``c`` behind it."""
     match = _SET_NAME.fullmatch(name)
     assert match, name
     return f"{SET_PREFIX}{match[1]}{'~' if match[2] else ''}{match[3]}{slot}"
@@ -94,6 +96,12 @@ def neutral_set(kernel: str) -> tuple[str, int, str] | None:
     if not match:
         return None
     return f"{match[1]}{'.dynamic' if match[2] else ''}.v{match[3]}", int(match[3]), match[4]
+
+
+def twin_name(name: str) -> str:
+    """What a reader calls the second of two twins that are both in use: ``carriers.twin.v4``."""
+    head, _, version = name.rpartition(".")
+    return f"{head}.twin.{version}"
 
 
 def quote(text: str) -> str:

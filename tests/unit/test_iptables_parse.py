@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from fwcompiler_iptables import legacy, nft
 from fwcompiler_iptables.parse import ALONE, parse_listing, tokenize
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fwcompiler.backend import Command, SetChange
 from fwcompiler.ruleset import (
     AddressSet,
     Chain,
@@ -193,6 +196,28 @@ class TestAround:
         assert [s.slot for s in ruleset.sets if s.name == "carriers.v4"] == [slot]
         assert ruleset.others == (f"set {left}",)
         assert ruleset.chains[0].rules[0].matches == (InSet("source", "carriers.v4", 4),)
+
+    def test_both_twins_in_use(self) -> None:
+        """A crash between two tables leaves rules that match either twin: the second is a set of its own, and goes when the rules do."""
+        sets = SETS + "\n" + SETS.split("\n\n", maxsplit=1)[0].replace("carriers4", "carriers4b")
+        lines = [f"[0:0] -A FWC-{chain} -m set --match-set fwc-carriers4{slot} src -j DROP" for chain, slot in (("x", ""), ("y", "b"))]
+        ruleset = parse_listing((save(*lines), ""), sets)
+        wanted = replace(
+            ruleset,
+            sets=tuple(replace(s, ranges=((1, 1),)) for s in ruleset.sets if ".twin." not in s.name),
+            chains=tuple(replace(c, rules=ruleset.chains[0].rules) for c in ruleset.chains),
+        )
+        change = SetChange(next(s for s in wanted.sets if s.name == "carriers.v4"), ((1, 1),), ())
+        does = [step.do for step in nft.update(ruleset, wanted, (change,))]
+        sent = [" ".join(do.argv) for do in does if isinstance(do, Command)]
+
+        assert [(s.name, s.kernel_name) for s in ruleset.sets[1:]] == [
+            ("carriers.twin.v4", "fwc-carriers4b"),
+            ("carriers.v4", "fwc-carriers4"),
+        ]
+        assert ruleset.others == ()
+        assert "fwc-carriers4c" in sent[0]
+        assert sent[-2:] == ["ipset destroy fwc-carriers4", "ipset destroy fwc-carriers4b"]
 
     def test_counters(self) -> None:
         """A counter is the sum of the rules of both families that have its service and verdict."""

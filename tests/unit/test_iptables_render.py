@@ -86,7 +86,7 @@ class TestNames:
 
     def test_not_ours(self) -> None:
         """A set name that fwc would not choose is not translated."""
-        assert [neutral_set(name) for name in ("fwc-x", "fwc-4", "fwc-a4c", "theirs4", "fwc-a~b4")] == [None] * 5
+        assert [neutral_set(name) for name in ("fwc-x", "fwc-4", "fwc-a4d", "theirs4", "fwc-a~b4")] == [None] * 5
 
 
 class TestTexts:
