@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import os
+import socket
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -105,6 +106,19 @@ def in_named(name: str, *argv: str, stdin: str = "") -> str:
         KernelSaysNo: it failed.
     """
     return run(("ip", "netns", "exec", name, *argv), stdin)
+
+
+def named_socket(name: str, address: str, port: int, kind: socket.SocketKind = socket.SOCK_DGRAM) -> socket.socket:
+    """A bound socket in a named namespace; it stays there."""
+    descriptor = os.open(f"/run/netns/{name}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with Space(descriptor).entered():
+            made = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, kind)
+    finally:
+        os.close(descriptor)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    made.bind((address, port))
+    return made
 
 
 def run(argv: Sequence[str], stdin: str = "") -> str:

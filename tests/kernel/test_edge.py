@@ -7,7 +7,6 @@ edge, one for the switch of its lan, three dialers, and a container with a bridg
 from __future__ import annotations
 
 import json
-import os
 import select
 import socket
 from collections.abc import Iterator, Mapping
@@ -16,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from kernelspace import Space, in_named, named_namespace, run
+from kernelspace import in_named, named_namespace, named_socket, run
 
 from fwcompiler import cli
 from fwcompiler.kernel import runner
@@ -86,14 +85,7 @@ class Lan:
 
     def socket(self, where: str, address: str, port: int, kind: socket.SocketKind = socket.SOCK_DGRAM) -> socket.socket:
         """A socket in a namespace; it stays there."""
-        descriptor = os.open(f"/run/netns/{self.names[where]}", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            with Space(descriptor).entered():
-                made = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, kind)
-        finally:
-            os.close(descriptor)
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind((address, port))
+        made = named_socket(self.names[where], address, port, kind)
         self.sockets.append(made)
         return made
 
