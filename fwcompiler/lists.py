@@ -11,13 +11,14 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-from fwcompiler.addresses import AddressError, Addresses, parse_entry, parse_plain
+from fwcompiler.addresses import AddressError, Addresses, Entry, Range, covers, parse_entry, parse_plain
 from fwcompiler.diagnostics import Finding, Position, Report, did_you_mean
 from fwcompiler.policy import ListFile
 from fwcompiler.source import list_lines, read_file
@@ -25,22 +26,27 @@ from fwcompiler.source import list_lines, read_file
 MAX_LIST_BYTES = 256 << 20
 MAX_SHOWN = 20
 
-Line = tuple[int, int, int, int]
-"""version, first address, last address, line number"""
-
 _SECOND_ADDRESS = re.compile(r"(?<![\w.])(\d{1,3}(\.\d{1,3}){3}|[0-9a-fA-F]{0,4}:[0-9a-fA-F:]*:[0-9a-fA-F:]*)(?![\w.])")
 _EXPIRES = re.compile(r"(?:^|\s)expires=(\S+)")
 
 
 @dataclass(frozen=True, slots=True)
 class AddressList:
-    """What one list file says: its entries with their lines, and the set they make."""
+    """What one list file says: by family its entries as ranges, in the order of the file, and their lines; and the set they make."""
 
     file: str
-    entries: tuple[Line, ...]
+    spans: Mapping[int, Sequence[Range]]
+    lines: Mapping[int, Sequence[int]]
     addresses: Addresses
     at: Position
     may_shrink: bool = False
+
+    def line_of(self, version: int, address: int) -> int | None:
+        """The first line that names an address, or a network that it is in."""
+        if not covers(self.addresses.family(version), address):
+            return None
+        found = (line for (low, high), line in zip(self.spans[version], self.lines[version], strict=True) if low <= address <= high)
+        return next(found, None)
 
 
 def read_list(spec: ListFile, at: Position, today: date, report: Report) -> AddressList | None:
@@ -55,39 +61,44 @@ def read_list(spec: ListFile, at: Position, today: date, report: Report) -> Addr
     reader = _Reader(path, spec, today)
     reader.read(cells)
     reader.hand_over(report)
-    if not reader.entries:
+    if not any(reader.spans.values()):
         if not any(f.is_error for f in reader.findings):
             report.error("empty-list", f"`{spec.file}` has no usable address", at, "an empty list is never read as everyone or as nobody")
         return None
-    addresses = Addresses.of(((e[1], e[2]) for e in reader.entries if e[0] == 4), ((e[1], e[2]) for e in reader.entries if e[0] == 6))
-    return AddressList(path, tuple(reader.entries), addresses, at, "shrink" in spec.allow)
+    return AddressList(path, reader.spans, reader.lines, Addresses.of(reader.spans[4], reader.spans[6]), at, "shrink" in spec.allow)
 
 
 class _Reader:
     """Turns numbered texts into entries, collecting what is wrong with them."""
 
     def __init__(self, path: str, spec: ListFile, today: date) -> None:
-        self.entries: list[Line] = []
+        self.spans: dict[int, list[Range]] = {4: [], 6: []}
+        self.lines = {4: array("L"), 6: array("L")}
         self.findings: list[Finding] = []
         self._path, self._today = path, today
         self._allow = tuple(spec.allow)
         self._severity = "error" if spec.bad_lines == "refuse" else "warning"
 
     def read(self, cells: Iterable[tuple[int, str]]) -> None:
-        allow, add = self._allow, self.entries.append
+        allow, add, add_line = self._allow, self.spans[4].append, self.lines[4].append
         for number, text in cells:
             plain = parse_plain(text)
             if plain is not None:
-                add((4, *plain, number))
+                add(plain)
+                add_line(number)
                 continue
             try:
                 entry = parse_entry(text, allow)
             except AddressError as error:
                 self._with_note(number, text, error)
                 continue
-            add((entry.version, entry.span[0], entry.span[1], number))
-            if entry.masked:
-                self._masked(number, text, entry.masked)
+            self._add(entry, number, text)
+
+    def _add(self, entry: Entry, number: int, text: str) -> None:
+        self.spans[entry.version].append(entry.span)
+        self.lines[entry.version].append(number)
+        if entry.masked:
+            self._note(number, "host-bits", f"`{text}` has host bits set, read as {entry.masked}", "warning")
 
     def _with_note(self, number: int, text: str, error: AddressError) -> None:
         """A line that is not an address alone: perhaps an address with a note behind it."""
@@ -103,10 +114,7 @@ class _Reader:
             return self._bad(number, "address", "more than one address in a line", "write one a line")
         if expires and not self._still_valid(number, expires[1]):
             return None
-        self.entries.append((entry.version, *entry.span, number))
-        if entry.masked:
-            self._masked(number, address, entry.masked)
-        return None
+        return self._add(entry, number, address)
 
     def _still_valid(self, number: int, text: str) -> bool:
         try:
@@ -123,9 +131,6 @@ class _Reader:
         if code in ("address-everyone", "address-loopback", "address-multicast"):
             hint = f"if it is meant, say `allow: [{code.removeprefix('address-')}]` where the policy names this list"
         self._note(number, code, message + left_out, self._severity, hint)
-
-    def _masked(self, number: int, text: str, masked: str) -> None:
-        self._note(number, "host-bits", f"`{text}` has host bits set, read as {masked}", "warning")
 
     def _note(self, number: int, code: str, message: str, severity: str, hint: str = "") -> None:
         self.findings.append(Finding(code, message, Position(self._path, number), hint, severity))

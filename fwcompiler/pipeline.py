@@ -152,10 +152,11 @@ def render(compiled: Compiled, backend: Backend) -> Rendered:
     return backend.render(compiled.ruleset)
 
 
-def normal_form(compiled: Compiled, backend: Backend, *, proof: bool = True) -> NormalForm:
+def normal_form(compiled: Compiled, backend: Backend, *, proof: bool = True, fill: bool = True) -> NormalForm:
     """Load the ruleset into a scratch namespace and list it there: the kernel accepts it, and says what it made of it.
 
-    What it made of it is proven to mean what the policy says, for all packets.
+    What it made of it is proven to mean what the policy says, for all packets. Without `fill` large sets stay empty there, for who is
+    going to fill those of the host: the kernel takes such a filling whole or not at all, and its rules are the same.
 
     Raises:
         PolicyRejected: the backend cannot express something.
@@ -166,7 +167,7 @@ def normal_form(compiled: Compiled, backend: Backend, *, proof: bool = True) -> 
         raise PolicyRejected(findings=render_check)
     runner.require(backend.programs)
     with netns.scratch() as scratch, scratch.entered():
-        listing = runner.try_out(backend.load(compiled.ruleset), backend.listing())
+        listing = runner.try_out(backend.load(compiled.ruleset), backend.listing(), fill=fill)
     listed = with_contents(backend.parse(listing), compiled.ruleset)
     wrong = disproof(compiled, listed) if proof else ()
     if wrong:
@@ -230,7 +231,7 @@ def plan(compiled: Compiled, host: Host, *, proof: bool = True) -> tuple[Plan, N
     seen = generation_id(host)
     live = observe(host)
     before = previous(host)
-    wanted = normal_form(compiled, host.backend, proof=proof)
+    wanted = normal_form(compiled, host.backend, proof=proof, fill=False)
     now = time.time()
     filled = with_members(wanted.ruleset, Journal(host.state.path).standing(now), now)
     return replace(make_plan(host.backend, live, filled), replaces=before.name if before else "", seen=seen), wanted
@@ -337,7 +338,7 @@ def _may_follow(other: Backend, backend: Backend) -> Backend:
 
 def list_sizes(resolved: Resolved) -> dict[str, int]:
     """How many entries each list file has, by family: one IPv6 prefix outnumbers all IPv4 addresses there are."""
-    return {f"{key}:v{version}": sum(e[0] == version for e in each.entries) for key, each in resolved.lists() for version in (4, 6)}
+    return {f"{key}:v{version}": len(each.spans[version]) for key, each in resolved.lists() for version in (4, 6)}
 
 
 def refuse_shrinking(resolved: Resolved, state: StateDir) -> None:

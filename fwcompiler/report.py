@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from fwcompiler.addresses import BITS, EVERYONE, Addresses, address_text
+from fwcompiler.addresses import BITS, Addresses, address_text
 from fwcompiler.diagnostics import Finding
 from fwcompiler.plan import Plan
-from fwcompiler.proof.access import LOOPBACK_ADDRESSES, Access
+from fwcompiler.proof.access import LOOPBACK_ADDRESSES, SENDERS, Access
 from fwcompiler.proof.describe import packet_text
 from fwcompiler.proof.meaning import Explanation
 from fwcompiler.proof.memberaccess import MemberAccess
@@ -248,22 +248,28 @@ def _host_name(address: str, policy: Resolved | None) -> str:
 
 def _who(access: Access, policy: Resolved | None) -> str:
     """Groups where the sources are whole groups, `anywhere but …` where they are most addresses, else addresses."""
-    if access.sources() == ["anywhere"]:
+    if access.is_anywhere:
         return "anywhere"
-    left = EVERYONE - access.addresses - LOOPBACK_ADDRESSES
-    for version, other in ((4, 6), (6, 4)):
-        missing = left.only(version)
-        if not access.addresses.family(other) and missing.size < 1 << (BITS[version] - 1):
-            return f"anywhere over IPv{version}" + (f" but {_few(missing.texts())}" if missing else "")
-    if all(left.only(version).size < 1 << (BITS[version] - 1) for version in BITS):
-        return "anywhere but the block list" if left == _blocked(policy) else f"anywhere but {_few(left.texts())}"
+    if any(access.addresses.only(version).size + LOOPBACK_ADDRESSES.only(version).size > _half(version) for version in BITS):
+        left = SENDERS - access.addresses
+        for version, other in ((4, 6), (6, 4)):
+            missing = left.only(version)
+            if not access.addresses.family(other) and missing.size < _half(version):
+                return f"anywhere over IPv{version}" + (f" but {_few(missing)}" if missing else "")
+        if all(left.only(version).size < _half(version) for version in BITS):
+            return "anywhere but the block list" if left == _blocked(policy) else f"anywhere but {_few(left)}"
     groups: list[str] = []
     rest = access.addresses
     for group in policy.groups.values() if policy else ():
-        if group.addresses and not group.addresses - access.addresses and group.addresses & rest:
+        if group.addresses and access.addresses.includes(group.addresses) and group.addresses & rest:
             groups.append(group.name)
             rest = rest - group.addresses
-    return ", ".join([*groups, *([_few(rest.texts())] if rest else [])])
+    return ", ".join([*groups, *([_few(rest)] if rest else [])])
+
+
+def _half(version: int) -> int:
+    """Half of the addresses that there are."""
+    return 1 << (BITS[version] - 1)
 
 
 def _blocked(policy: Resolved | None) -> Addresses | None:
@@ -272,15 +278,16 @@ def _blocked(policy: Resolved | None) -> Addresses | None:
     return policy.addresses(policy.block.groups) - policy.addresses(policy.block.excepted) - LOOPBACK_ADDRESSES
 
 
-def _few(texts: tuple[str, ...]) -> str:
-    more = f" and {len(texts) - MAX_SOURCES} more" if len(texts) > MAX_SOURCES else ""
-    return ", ".join(texts[:MAX_SOURCES]) + more
+def _few(addresses: Addresses) -> str:
+    more = f" and {len(addresses) - MAX_SOURCES} more" if len(addresses) > MAX_SOURCES else ""
+    shown = Addresses(addresses.v4[:MAX_SOURCES], addresses.v6[:MAX_SOURCES]).texts()
+    return ", ".join(shown[:MAX_SOURCES]) + more
 
 
 def _inside(access: Access, policy: Resolved | None) -> str:
     """`carriers: ` where the sources all belong to one group."""
     for group in policy.groups.values() if policy else ():
-        if group.addresses and not access.addresses - group.addresses:
+        if group.addresses and group.addresses.includes(access.addresses):
             return f"{group.name}: "
     return ""
 

@@ -66,9 +66,9 @@ class ResolvedGroup:
             if v == version and low <= address <= high:
                 return at
         for each in self.lists:
-            for v, low, high, line in each.entries:
-                if v == version and low <= address <= high:
-                    return Position(each.file, line)
+            line = each.line_of(version, address)
+            if line is not None:
+                return Position(each.file, line)
         return None
 
 

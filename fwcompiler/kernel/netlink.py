@@ -22,6 +22,7 @@ Bytes = bytes | bytearray | memoryview
 NETLINK_NETFILTER = 12
 SOL_NETLINK = 270
 NETLINK_ADD_MEMBERSHIP = 1
+NETLINK_DROP_MEMBERSHIP = 2
 NETLINK_CAP_ACK = 10  # an error carries the header of the message it is about, not all of its 64 KiB
 NETLINK_EXT_ACK = 11  # ... and the kernel's text and the place in the message
 SO_SNDBUFFORCE = 32  # asm-generic/socket.h; these two are missing from the socket module
@@ -232,8 +233,20 @@ class Channel:
             NetlinkError: it does not let us.
         """
         try:
-            self._socket.bind((0, 0))  # what has no address joins, and hears nothing
+            if self._socket.getsockname()[0] == 0:
+                self._socket.bind((0, 0))  # what has no address joins, and hears nothing
             self._socket.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, group)
+        except OSError as error:
+            raise _from_os(error) from error
+
+    def leave(self, group: int) -> None:
+        """Hear no more of what the kernel tells a multicast group.
+
+        Raises:
+            NetlinkError: it does not let us.
+        """
+        try:
+            self._socket.setsockopt(SOL_NETLINK, NETLINK_DROP_MEMBERSHIP, group)
         except OSError as error:
             raise _from_os(error) from error
 

@@ -9,7 +9,7 @@ import os
 import re
 import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import groupby
 from typing import cast
 
@@ -118,8 +118,10 @@ def outputs(commands: Sequence[Command]) -> tuple[str, ...]:
     return tuple(run(c) for c in commands)
 
 
-def try_out(steps: Sequence[Step], listing: Sequence[Command]) -> tuple[str, ...]:
-    """Load into a scratch namespace and list there, sets being filled last: a listing takes time by their size.
+def try_out(steps: Sequence[Step], listing: Sequence[Command], *, fill: bool = True) -> tuple[str, ...]:
+    """Load into a scratch namespace and list there, large sets being filled last: a listing takes time by their size.
+
+    Without `fill` they stay empty, for who is going to fill the real ones: that is all or nothing, and what is listed is the same.
 
     Raises:
         HostRefused: the kernel refuses a step.
@@ -132,22 +134,23 @@ def try_out(steps: Sequence[Step], listing: Sequence[Command]) -> tuple[str, ...
     except HostRefused as refused:
         refused.message += "; nothing was changed"
         raise
-    execute([step for step in steps if isinstance(step.do, Fill)])
+    if fill:
+        execute([step for step in steps if isinstance(step.do, Fill)])
     return listed
 
 
-def execute(steps: Sequence[Step]) -> None:
-    """Run steps in order; consecutive fills of nftables sets are one transaction.
+def execute(steps: Sequence[Step], watch: Watch | None = None) -> None:
+    """Run steps in order; consecutive fills of nftables sets are one transaction. `watch` does not listen to large ones.
 
     Raises:
         HostRefused: a step failed; what came before it was undone.
     """
     undo: list[Do] = []
     try:
-        for together, group in groupby(steps, key=lambda s: isinstance(s.do, Fill) and s.do.kind == "nft"):
-            batch = list(group)
+        for together, batch in _transactions(steps):
             if together:
-                _fill_nft([cast(Fill, s.do) for s in batch])
+                with watch.deaf() if watch and _is_large(batch) else nullcontext():
+                    _fill_nft([cast(Fill, s.do) for s in batch])
                 undo[:0] = [u for s in reversed(batch) for u in s.undo]
                 continue
             for step in batch:
@@ -184,10 +187,23 @@ def undisturbed(kind: SetKind) -> Iterator[Watch | None]:
             _told.clear()
 
 
-def transactions(steps: Sequence[Step]) -> int:
-    """How many transactions of nf_tables :func:`execute` makes of steps."""
-    groups = groupby(steps, key=lambda s: isinstance(s.do, Fill) and s.do.kind == "nft")
-    return sum(1 if together else len(list(group)) for together, group in groups)
+LARGE = 1000
+"""Elements in one transaction from which on a watch does not listen to it."""
+
+
+def _transactions(steps: Sequence[Step]) -> Iterator[tuple[bool, list[Step]]]:
+    """Steps as :func:`execute` runs them: true for those that are one transaction together."""
+    for together, group in groupby(steps, key=lambda s: isinstance(s.do, Fill) and s.do.kind == "nft"):
+        yield together, list(group)
+
+
+def _is_large(steps: Sequence[Step]) -> bool:
+    return sum(len(s.do.add) + len(s.do.remove) for s in steps if isinstance(s.do, Fill)) > LARGE
+
+
+def heard_transactions(steps: Sequence[Step]) -> int:
+    """How many transactions of nf_tables a watch hears :func:`execute` make of steps."""
+    return sum((not _is_large(batch)) if together else len(batch) for together, batch in _transactions(steps))
 
 
 def _undo(undo: Sequence[Do], error: BaseException) -> None:

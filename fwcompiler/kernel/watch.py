@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from fwcompiler.diagnostics import HostRefused
-from fwcompiler.kernel import netlink
+from fwcompiler.kernel import netlink, nftset
 from fwcompiler.kernel.netlink import HEADER, Channel, NetlinkError
 
 _GROUP = 7  # NFNLGRP_NFTABLES
@@ -37,11 +37,30 @@ class Transaction:
 
 
 class Watch:
-    """Transactions on our table from the moment it is made; it hears the namespace of the calling thread."""
+    """Transactions on our table from the moment it is made; it hears the namespace of the calling thread.
+
+    `missed`: somebody's transaction came while it was not listening, so that nobody can tell whose it was and what it touched.
+    """
 
     def __init__(self, channel: Channel) -> None:
+        self.missed = False
         self._channel = channel
         channel.join(_GROUP)
+
+    @contextmanager
+    def deaf(self) -> Iterator[None]:
+        """Hear nothing for the length of a block, which makes one transaction.
+
+        While anybody listens the kernel writes a message for every element of a set: 100,000 networks then take 2.3 s instead of
+        0.25 s. That nobody else came in between is seen by the number of the ruleset, which every transaction raises by one.
+        """
+        self._channel.leave(_GROUP)
+        before = nftset.generation()
+        try:
+            yield
+        finally:
+            self.missed = self.missed or nftset.generation() > before + 1
+            self._channel.join(_GROUP)
 
     def heard(self) -> list[Transaction] | None:
         """Transactions on our table since the last call; None where there were more messages than room for them."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from fwcompiler.addresses import EVERYONE, LOOPBACK, Addresses, address_text
+from fwcompiler.addresses import EVERYONE, LOOPBACK, Addresses, Range, address_text, intersect, merged
 from fwcompiler.ports import PROTOCOLS, WITH_PORTS, port_text
 from fwcompiler.proof.atoms import Atoms, cut
 from fwcompiler.proof.beyond import Beyond
@@ -15,6 +15,8 @@ from fwcompiler.proof.program import Outcome, Point, Program, sets_of
 from fwcompiler.ruleset import BUILT_IN, PortIn, ProtocolIs, Ruleset
 
 LOOPBACK_ADDRESSES = Addresses((LOOPBACK[4],), (LOOPBACK[6],))
+SENDERS = EVERYONE - LOOPBACK_ADDRESSES
+"""Every address that a packet can come from."""
 OTHER_PROTOCOL = 253
 """Stands for every protocol that no rule names (RFC 3692 keeps the number for experiments)."""
 
@@ -33,9 +35,14 @@ class Access:
     depends: tuple[str, ...] = ()
     at: str = ""
 
+    @property
+    def is_anywhere(self) -> bool:
+        """True where the sources are truly every address that a packet can come from."""
+        return self.addresses.includes(SENDERS)
+
     def sources(self) -> list[str]:
-        """Prefixes and ranges, or `anywhere` where it is truly every address that a packet can come from."""
-        return ["anywhere"] if self.addresses | LOOPBACK_ADDRESSES == EVERYONE else list(self.addresses.texts())
+        """Prefixes and ranges, or `anywhere`."""
+        return ["anywhere"] if self.is_anywhere else list(self.addresses.texts())
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +60,7 @@ class AccessChange:
 
 def compare(before: Ruleset, after: Ruleset) -> AccessChange:
     """What new connections gain and lose. An empty ruleset grants nothing."""
+    before, after = _where_they_differ(before, after)
     atoms = cut([*sets_of(before), *sets_of(after)])
     old, new = Program(before, atoms), Program(after, atoms)
     behind, behind_now = Beyond(before, atoms), Beyond(after, atoms)
@@ -68,6 +76,27 @@ def compare(before: Ruleset, after: Ruleset) -> AccessChange:
             lost += _parts((protocol, low, high, address_text(*place)), was, now)
     found = (tuple(_describe(list(_of_family(parts, atoms)), atoms)) for parts in (gained, lost))
     return AccessChange(*found)
+
+
+def _where_they_differ(before: Ruleset, after: Ruleset) -> tuple[Ruleset, Ruleset]:
+    """Both with the sets cut down to addresses that some set treats otherwise than before.
+
+    Only where the rules are the same: then whatever all sets treat as before fares as before.
+    """
+    if before.chains != after.chains:
+        return before, after
+    old, new = ({(s.name, s.version): s.ranges for s in ruleset.sets} for ruleset in (before, after))
+    changed = {4: set[Range](), 6: set[Range]()}
+    for key in {**old, **new}:
+        was, now = old.get(key, ()), new.get(key, ())
+        if was != now:
+            changed[key[1]] |= set(was) ^ set(now)
+    within = {version: merged(ranges) for version, ranges in changed.items()}
+
+    def cut_down(ruleset: Ruleset) -> Ruleset:
+        return replace(ruleset, sets=tuple(replace(s, ranges=intersect(s.ranges, within[s.version])) for s in ruleset.sets))
+
+    return cut_down(before), cut_down(after)
 
 
 Part = tuple[str, int, int, str, str, int]

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from fwcompiler.addresses import LAST, Addresses, Ranges
+from fwcompiler.addresses import LAST, Addresses, Ranges, merged, subtract
+from fwcompiler.proof.classes import by_signature
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,16 +31,22 @@ class Atoms:
 
     def addresses(self, mask: int) -> Addresses:
         """The addresses that a mask stands for."""
-        chosen = [c for i, c in enumerate(self.classes) if mask >> i & 1]
-        v4 = [ranges for v, ranges in chosen if v == 4]
-        v6 = [ranges for v, ranges in chosen if v == 6]
-        return Addresses(_join(v4), _join(v6))
+        return Addresses(self._ranges(4, mask), self._ranges(6, mask))
+
+    def _ranges(self, version: int, mask: int) -> Ranges:
+        """Put together, or everything less the others, whichever is less work."""
+        chosen: list[Ranges] = []
+        others: list[Ranges] = []
+        for i, (v, ranges) in enumerate(self.classes):
+            if v == version:
+                (chosen if mask >> i & 1 else others).append(ranges)
+        if sum(map(len, others)) < sum(map(len, chosen)):
+            return subtract(((0, LAST[version]),), _join(others))
+        return _join(chosen)
 
 
 def _join(parts: list[Ranges]) -> Ranges:
-    if len(parts) <= 1:
-        return parts[0] if parts else ()
-    return Addresses.of(span for part in parts for span in part).v4
+    return parts[0] if len(parts) == 1 else merged(span for part in parts for span in part)
 
 
 def cut(sets: Iterable[tuple[int, Ranges]]) -> Atoms:
@@ -49,7 +56,7 @@ def cut(sets: Iterable[tuple[int, Ranges]]) -> Atoms:
     wanted = list(dict.fromkeys(sets))
     for version in (4, 6):
         own = [ranges for v, ranges in wanted if v == version]
-        for signature, ranges in _sweep(version, own).items():
+        for signature, ranges in sorted(by_signature(LAST[version], own).items()):
             bit = 1 << len(classes)
             classes.append((version, ranges))
             for i, each in enumerate(own):
@@ -58,24 +65,3 @@ def cut(sets: Iterable[tuple[int, Ranges]]) -> Atoms:
     for key in wanted:
         masks.setdefault(key, 0)
     return Atoms(tuple(classes), masks)
-
-
-def _sweep(version: int, sets: list[Ranges]) -> dict[int, Ranges]:
-    """Ranges by signature: which of the sets cover them."""
-    borders: list[tuple[int, int]] = []
-    for i, ranges in enumerate(sets):
-        bit = 1 << i
-        for low, high in ranges:
-            borders.append((low, bit))
-            borders.append((high + 1, bit))
-    borders.sort()
-    found: dict[int, list[tuple[int, int]]] = {}
-    signature, start = 0, 0
-    for at, bit in borders:
-        if at > start:
-            found.setdefault(signature, []).append((start, at - 1))
-            start = at
-        signature ^= bit
-    if start <= LAST[version]:
-        found.setdefault(signature, []).append((start, LAST[version]))
-    return {s: tuple(ranges) for s, ranges in sorted(found.items())}

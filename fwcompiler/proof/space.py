@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fwcompiler.addresses import LAST, Range, Ranges, is_merged, merged
+from fwcompiler.addresses import LAST, Ranges, merged
 from fwcompiler.ports import PROTOCOLS
+from fwcompiler.proof.classes import by_signature
 from fwcompiler.ruleset import STATES
 
 INTERFACE, STATE, PROTOCOL, PORT, SOURCE_PORT, TYPE, DESTINATION, SOURCE = range(8)
@@ -105,24 +106,8 @@ def make_space(version: int, conditions: Iterable[Condition]) -> Space:
 
 
 def cut(last: int, sets: Sequence[Ranges]) -> tuple[list[Ranges], Mapping[Ranges, int]]:
-    """Classes of the numbers 0 to ``last`` that every set treats alike, and each set's mask over them; one sweep."""
-    borders: list[Range] = []
-    for i, ranges in enumerate(sets):
-        bit = 1 << i
-        for low, high in ranges if is_merged(ranges) else merged(ranges):
-            borders.append((low, bit))
-            borders.append((high + 1, bit))
-    borders.sort()
-    found: dict[int, list[Range]] = {}
-    signature, start = 0, 0
-    for at, bit in borders:
-        if at > start:
-            found.setdefault(signature, []).append((start, at - 1))
-            start = at
-        signature ^= bit
-    if start <= last:
-        found.setdefault(signature, []).append((start, last))
-    classes = [tuple(ranges) for ranges in found.values()]
+    """Classes of the numbers 0 to ``last`` that every set treats alike, and each set's mask over them."""
+    found = by_signature(last, sets)
     masks = dict.fromkeys(sets, 0)
     for number, covering in enumerate(found):
         left = covering
@@ -130,4 +115,4 @@ def cut(last: int, sets: Sequence[Ranges]) -> tuple[list[Ranges], Mapping[Ranges
             lowest = left & -left
             masks[sets[lowest.bit_length() - 1]] |= 1 << number
             left ^= lowest
-    return classes, masks
+    return list(found.values()), masks

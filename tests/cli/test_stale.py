@@ -144,6 +144,34 @@ def test_damage_too_late_to_see(tmp_path: Path, netns: str, monkeypatch: pytest.
     assert "dport 23" not in host.ours()
 
 
+LARGE = POLICY.replace("198.51.100.16/28", ", ".join(f"10.{n >> 7}.{(n & 127) * 2}.0/24" for n in range(runner.LARGE + 1)))
+
+
+@pytest.mark.parametrize("meddles", [True, False])
+def test_while_a_large_set_is_filled(tmp_path: Path, netns: str, monkeypatch: pytest.MonkeyPatch, meddles: bool) -> None:
+    """Nobody listens while a large set is sent, which would make the kernel tell every element; that somebody came in between is seen."""
+    host = Host(tmp_path, netns)
+    host.apply()
+    listening: list[bool] = []
+
+    def meanwhile() -> None:
+        listening.append(heard())
+        if meddles:
+            host.run("nft", "add", "element", "inet", "fwc", "agents.dynamic.v4", "{ 198.18.0.99 timeout 1h }")
+
+    def heard() -> bool:
+        """Whether a socket of this namespace is in the group that hears of nftables (netlink(7): a mask of groups)."""
+        rows = kernelspace.run(("cat", "/proc/net/netlink")).splitlines()[1:]
+        return any(int(row.split()[3], 16) & 1 << 6 for row in rows if row.split()[1] == "12")
+
+    before(monkeypatch, runner, "_fill_nft", meanwhile)
+
+    ran = host.fwc("apply", host.write(LARGE), "--yes")
+
+    assert (ran.code, "somebody else changed rules during this apply" in ran.err, listening) == (0, meddles, [False]), ran
+    assert host.in_sync(LARGE)
+
+
 @contextmanager
 def busy_neighbour(host: Host) -> Iterator[list[int]]:
     """Another program's table that changes all the time, as fail2ban's does."""

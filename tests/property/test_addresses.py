@@ -19,6 +19,8 @@ from fwcompiler.addresses import (
     Range,
     address_text,
     covers,
+    includes,
+    intersect,
     is_merged,
     merged,
     parse_address,
@@ -26,7 +28,9 @@ from fwcompiler.addresses import (
     parse_plain,
     prefixes,
     range_text,
+    subtract,
 )
+from fwcompiler.proof.classes import by_signature
 
 
 def read(text: str) -> Entry | str:
@@ -179,3 +183,44 @@ def test_reading_never_breaks(text: str) -> None:
     else:
         low, high = entry.span
         assert 0 <= low <= high <= LAST[entry.version]
+
+
+few_and_many = st.tuples(
+    st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 300)), max_size=4),
+    st.integers(1, 12),
+    st.integers(0, 9),
+    st.integers(0, 400),
+)
+
+
+@LAW
+@given(few_and_many)
+def test_few_ranges_and_many(drawn: tuple[list[tuple[int, int]], int, int, int]) -> None:
+    """A few ranges beside hundreds are searched for instead of walked past: what comes out is what counting every address gives."""
+    stretches, gap, width, count = drawn
+    few = merged((low, low + length) for low, length in stretches)
+    many = merged((n * (gap + width + 1), n * (gap + width + 1) + width) for n in range(count))
+    a, b = ({address for low, high in ranges for address in range(low, high + 1)} for ranges in (few, many))
+
+    def ranges_of(addresses: set[int]) -> tuple[Range, ...]:
+        return merged((address, address) for address in addresses)
+
+    assert intersect(few, many) == intersect(many, few) == ranges_of(a & b)
+    assert (subtract(few, many), subtract(many, few)) == (ranges_of(a - b), ranges_of(b - a))
+    assert (includes(few, many), includes(many, few)) == (b <= a, a <= b)
+
+
+@LAW
+@given(st.lists(st.lists(st.tuples(st.integers(0, 9000), st.integers(0, 50)), max_size=3), max_size=4), st.integers(0, 3000))
+def test_classes_of_one_large_set(stretches: list[list[tuple[int, int]]], count: int) -> None:
+    """However large one set is, two numbers are of one class exactly where every set treats them alike."""
+    large = merged((3 * n, 3 * n) for n in range(count))
+    sets = [merged((low, low + length) for low, length in each) for each in stretches] + [large]
+
+    found = by_signature(9999, sets)
+
+    expected: dict[int, list[Range]] = {}
+    for number in range(10_000):
+        signature = sum(1 << i for i, ranges in enumerate(sets) if covers(ranges, number))
+        expected.setdefault(signature, []).append((number, number))
+    assert found == {signature: merged(numbers) for signature, numbers in expected.items()}
