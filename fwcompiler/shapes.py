@@ -361,14 +361,32 @@ class BackendsShape(TypedDict):
 
 ProbeShape = TypedDict(
     "ProbeShape",
-    {"client": str, "from": str, "to": str, "service": str | None, "reached": bool, "expected": bool},
+    {
+        "client": str,
+        "from": str,
+        "source_port": int | None,
+        "to": str,
+        "to_addr": str | None,
+        "service": str | None,
+        "reached": bool,
+        "expected": bool,
+        "reached_host": str | None,
+        "expected_host": str | None,
+        "seen_from": str | None,
+        "seen_port": int | None,
+        "agrees": bool,
+    },
 )
 
 
 class LabShape(TypedDict):
-    """`lab --json`: every probe, what arrived and what the policy says."""
+    """`lab --json`: every probe, what arrived and what the policy says.
+
+    At an edge also at which host, and from which address and port as seen there.
+    """
 
     backend: str
+    host: str | None
     agrees: bool
     probes: list[ProbeShape]
     left_out: list[str]

@@ -130,7 +130,7 @@ def test_what_is_printed_can_be_loaded(tmp_path: Path, capsys: pytest.CaptureFix
     assert lines[:4] == ["# rtp.conf.dial2:", "# [general]", "# rtpstart=12500", "# rtpend=14999"]
     assert all(line.startswith("#") for line in lines[: lines.index("table inet fwc {")])
     assert cli.run(["compile", str(policy), "--host", "dial2", "--backend", "nftables", "--json"]) == 0
-    assert set(json.loads(capsys.readouterr().out)["files"]) == {"fwc.nft", "rtp.conf.dial2"}
+    assert set(json.loads(capsys.readouterr().out)["files"]) >= {"fwc.nft", "rtp.conf.dial2"}
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,6 @@ def test_what_is_printed_can_be_loaded(tmp_path: Path, capsys: pytest.CaptureFix
         (["compile", "--all"], "say where: -o DIR"),
         (["compile", "--all", "-o", "out", "--host", "gw"], "leave --host or --all out"),
         (["compile"], "hosts of this policy: gw, dial1"),
-        (["lab", "--host", "gw"], "try its hosts: --host NAME"),
     ],
 )
 def test_what_cannot_be_meant(tmp_path: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

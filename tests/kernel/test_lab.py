@@ -20,7 +20,8 @@ from fwcompiler.backend import Step
 from fwcompiler.diagnostics import HostRefused
 from fwcompiler.kernel import runner
 from fwcompiler.kernel.labnet import Network, network
-from fwcompiler.lab import HOST_POOL, LabPlan, lab_text, pick, plan_lab, run_lab, try_packets
+from fwcompiler.lab import lab_text, run_lab, try_packets
+from fwcompiler.lab_plan import HOST_POOL, LabPlan, pick, plan_lab
 from fwcompiler.pipeline import Compiled, compile_policy
 from fwcompiler.registry import installed, load
 from fwcompiler.ruleset import Chain, Final, InSet, Rule, Ruleset

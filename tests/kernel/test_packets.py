@@ -22,7 +22,8 @@ from fwcompiler.backend import Backend
 from fwcompiler.kernel import runner
 from fwcompiler.kernel.labnet import network
 from fwcompiler.kernel.netns import Namespace
-from fwcompiler.lab import UNUSABLE, Client, Outcome, plan_lab, try_packets
+from fwcompiler.lab import Outcome, try_packets
+from fwcompiler.lab_plan import UNUSABLE, Client, plan_lab
 from fwcompiler.pipeline import compile_policy
 from fwcompiler.ports import PROTOCOLS
 from fwcompiler.proof.fields import Packet
