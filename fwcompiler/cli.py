@@ -136,9 +136,9 @@ def _command(arguments: list[str]) -> int:
         from fwcompiler.restore import run as restore
 
         return restore(state, netns, as_json=as_json, quiet=quiet)
-    from fwcompiler.commands import app
+    from fwcompiler.commands import registered
 
-    result = app(args=arguments, prog_name="fwc", standalone_mode=False)
+    result = registered(*words[:1])(args=arguments, prog_name="fwc", standalone_mode=False)
     return result if isinstance(result, int) else 0
 
 

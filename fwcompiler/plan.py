@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from fwcompiler.addresses import Range, Ranges, range_text
+from fwcompiler.addresses import Ranges, difference, range_text
 from fwcompiler.backend import Backend, Command, Fill, SetChange, Step
 from fwcompiler.proof.access import AccessChange, compare
 from fwcompiler.proof.memberaccess import MemberAccess, compare_members
@@ -70,8 +70,8 @@ def _set_changes(live: Ruleset, wanted: Ruleset) -> Iterator[SetChange]:
         old = present.get(each.name)
         if old is None or each.dynamic or old.dynamic or old.ranges == each.ranges:
             continue
-        before, after = set(old.ranges), set(each.ranges)
-        yield SetChange(each, _sorted(after - before), _sorted(before - after))
+        remove, add = difference(old.ranges, each.ranges)
+        yield SetChange(each, add, remove)
 
 
 def keeping_members(live: Ruleset, wanted: Ruleset) -> Ruleset:
@@ -85,10 +85,6 @@ def keeping_members(live: Ruleset, wanted: Ruleset) -> Ruleset:
         return replace(each, members=tuple(sorted({**dict(each.members), **dict(old.members)}.items())))
 
     return replace(wanted, sets=tuple(map(kept, wanted.sets)))
-
-
-def _sorted(ranges: set[Range]) -> tuple[Range, ...]:
-    return tuple(sorted(ranges))
 
 
 def with_contents(listed: Ruleset, lowered: Ruleset) -> Ruleset:

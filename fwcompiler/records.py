@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fwcompiler.addresses import Ranges
+from fwcompiler.addresses import Ranges, packed
 from fwcompiler.ruleset import Ruleset
 
 
@@ -105,4 +105,4 @@ class Record:
 
 def hash_ranges(ranges: Ranges) -> str:
     """A fingerprint of a set's content."""
-    return hashlib.sha256(repr(ranges).encode()).hexdigest()
+    return hashlib.sha256(str(packed(ranges)).encode()).hexdigest()

@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fwcompiler.addresses import Ranges
+from fwcompiler.addresses import Ranges, packed, unpacked
 from fwcompiler.diagnostics import HostRefused
 from fwcompiler.durable import checksum, sync, write
 from fwcompiler.kernel import session
@@ -152,8 +152,8 @@ class StateDir:
         """Contents of a generation's static sets."""
         data = json.loads((self._generations / str(number) / "sets.json").read_text(encoding="utf-8"))
         try:
-            return {name: tuple((low, high) for low, high in ranges) for name, ranges in data.items()}
-        except (AttributeError, TypeError) as error:
+            return {name: unpacked(written) for name, written in data.items()}
+        except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"the sets of generation {number} are not readable: {error}") from error
 
     def list_sizes(self, number: int) -> dict[str, int]:
@@ -178,7 +178,7 @@ class StateDir:
                 write(pending / "rendered" / name, text)
             write(pending / "listing.json", json.dumps(list(record.listing)))
             write(pending / "lists.json", json.dumps(dict(record.lists)))
-            contents = {s.name: s.ranges for s in record.ruleset.sets if not s.dynamic}
+            contents = {s.name: packed(s.ranges) for s in record.ruleset.sets if not s.dynamic}
             write(pending / "sets.json", json.dumps(contents, separators=(",", ":")))
             generation = self._describe(record)
             write(pending / "changes.json", json.dumps(list(record.note.changes)))

@@ -14,7 +14,7 @@ from pydantic import BaseModel, Discriminator, Tag
 from fwcompiler import policy
 from fwcompiler.audit.findings import CODES as AUDIT_CODES
 from fwcompiler.catalogue import CATALOGUE
-from fwcompiler.commands import app
+from fwcompiler.commands import registered
 from fwcompiler.diagnostics import CODES
 from fwcompiler.schemas import SCHEMAS, text
 
@@ -112,7 +112,7 @@ def commands_page() -> Iterator[str]:
     """Every command with its options."""
     yield f"# Commands\n\n{HEAD}"
     yield "Common options stand before or after a command's arguments.\n"
-    group = typer.main.get_command(app)
+    group = typer.main.get_command(registered())
     yield from _options(group)
     for name, command in sorted(group.commands.items()):  # type: ignore[attr-defined]
         arguments = " ".join(_argument(p) for p in command.params if _is_argument(p))

@@ -14,7 +14,7 @@ import struct
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from fwcompiler.addresses import BITS, LAST, Ranges, address_text, intersect, merged, range_text, subtract
+from fwcompiler.addresses import BITS, LAST, Ranges, address_text, difference, intersect, merged, range_text, subtract
 from fwcompiler.diagnostics import HostRefused
 from fwcompiler.kernel import netlink
 from fwcompiler.kernel.netlink import Batch, Channel, NetlinkError, StaleGeneration, Unacknowledged
@@ -77,8 +77,8 @@ def delta(old: Ranges, new: Ranges) -> tuple[Ranges, Ranges]:
 
     The kernel knows whole intervals only: one that grows or shrinks is removed as it was and added as it will be.
     """
-    before, after = frozenset(old), frozenset(new)
-    return tuple(r for r in new if r not in before), tuple(r for r in old if r not in after)
+    remove, add = difference(old, new)
+    return add, remove
 
 
 def change(name: str, version: int, add: Ranges, remove: Ranges, *, generation: int | None = None, table: str = TABLE) -> None:

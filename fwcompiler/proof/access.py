@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from fwcompiler.addresses import EVERYONE, LOOPBACK, Addresses, Range, address_text, intersect, merged
+from fwcompiler.addresses import EVERYONE, LOOPBACK, Addresses, Range, address_text, difference, intersect, merged
 from fwcompiler.ports import PROTOCOLS, WITH_PORTS, port_text
 from fwcompiler.proof.atoms import Atoms, cut
 from fwcompiler.proof.beyond import Beyond
@@ -90,7 +90,8 @@ def _where_they_differ(before: Ruleset, after: Ruleset) -> tuple[Ruleset, Rulese
     for key in {**old, **new}:
         was, now = old.get(key, ()), new.get(key, ())
         if was != now:
-            changed[key[1]] |= set(was) ^ set(now)
+            for only in difference(was, now):
+                changed[key[1]].update(only)
     within = {version: merged(ranges) for version, ranges in changed.items()}
 
     def cut_down(ruleset: Ruleset) -> Ruleset:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fwcompiler.addresses import SEARCH, Range, Ranges, intersect, is_merged, merged, subtract
+from fwcompiler.addresses import SEARCH, Merged, Range, Ranges, intersect, is_merged, merged, subtract
 
 
 def by_signature(last: int, sets: Sequence[Ranges]) -> dict[int, Ranges]:
@@ -42,4 +42,4 @@ def _swept(last: int, sets: Sequence[Ranges]) -> dict[int, Ranges]:
         signature ^= bit
     if start <= last:
         found.setdefault(signature, []).append((start, last))
-    return {signature: tuple(ranges) for signature, ranges in found.items()}
+    return {signature: Merged(ranges) for signature, ranges in found.items()}

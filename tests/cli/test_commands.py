@@ -12,7 +12,7 @@ import pytest
 from cli.harness import BACKENDS, FWC, POLICY, SCHEMAS, Host, fwc, program, valid
 
 from fwcompiler import __version__
-from fwcompiler.commands import app
+from fwcompiler.commands import MODULES, registered
 
 WRONG = POLICY.replace("sip: {from: [carriers, agents]}", "sip: {from: [carrier], ports: 99999}")
 OTHER = POLICY.replace("192.0.2.10,", "192.0.2.10, 192.0.2.33,")
@@ -208,7 +208,7 @@ def test_verbose_shows_everything(host: Host) -> None:
 
 def test_every_command_has_help() -> None:
     """Every command describes itself and its options; help is no error."""
-    names = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
+    names = [command.name or command.callback.__name__ for command in registered().registered_commands if command.callback]
 
     runs = {name: fwc(name, "--help") for name in names}
 
@@ -274,3 +274,14 @@ def test_program_is_the_same(host: Host) -> None:
 
         assert here is None or here == there
     assert Path(FWC).exists()
+
+
+def test_which_module_has_which_command() -> None:
+    """Every command is found under the module that registers it: a command line imports no other."""
+    found: dict[str, set[str]] = {}
+    for command in registered().registered_commands:
+        assert command.callback
+        module = command.callback.__module__.rpartition(".")[2]
+        found.setdefault(module, set()).add(command.name or command.callback.__name__)
+
+    assert found == {module: set(commands) for module, commands in MODULES.items()}

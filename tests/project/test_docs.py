@@ -12,7 +12,7 @@ import kernelspace
 import pytest
 import typer
 
-from fwcompiler.commands import app
+from fwcompiler.commands import registered
 from fwcompiler.policy import NOT_YET
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,7 +78,7 @@ def _anchor(heading: str) -> str:
 
 
 def _command_names() -> list[str]:
-    return sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+    return sorted(typer.main.get_command(registered()).commands)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("name", _command_names())

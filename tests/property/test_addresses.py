@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,16 +20,19 @@ from fwcompiler.addresses import (
     Range,
     address_text,
     covers,
+    difference,
     includes,
     intersect,
     is_merged,
     merged,
+    packed,
     parse_address,
     parse_entry,
     parse_plain,
     prefixes,
     range_text,
     subtract,
+    unpacked,
 )
 from fwcompiler.proof.classes import by_signature
 
@@ -224,3 +228,22 @@ def test_classes_of_one_large_set(stretches: list[list[tuple[int, int]]], count:
         signature = sum(1 << i for i, ranges in enumerate(sets) if covers(ranges, number))
         expected.setdefault(signature, []).append((number, number))
     assert found == {signature: merged(numbers) for signature, numbers in expected.items()}
+
+
+@LAW
+@given(A, A)
+def test_change_of_contents(a: Addresses, b: Addresses) -> None:
+    """What a content loses and gains on the way to another are whole entries, in order."""
+    for version in BITS:
+        before, after = a.family(version), b.family(version)
+        remove, add = difference(before, after)
+        assert (set(remove), set(add)) == (set(before) - set(after), set(after) - set(before))
+        assert (list(remove), list(add)) == (sorted(remove), sorted(add))
+
+
+@LAW
+@given(A)
+def test_packed(a: Addresses) -> None:
+    """What is written down about a content is that content when it is read, also by way of JSON."""
+    for version in BITS:
+        assert unpacked(json.loads(json.dumps(packed(a.family(version))))) == a.family(version)

@@ -53,7 +53,8 @@ def test_listing_imports_nothing() -> None:
 
 def test_the_core_imports_no_backend() -> None:
     """Importing every command imports no backend either."""
-    script = "import sys, fwcompiler.commands, fwcompiler.pipeline; print([m for m in sys.modules if m.startswith('fwcompiler_')])"
+    imports = "import sys, fwcompiler.commands, fwcompiler.pipeline; fwcompiler.commands.registered()"
+    script = f"{imports}; print([m for m in sys.modules if m.startswith('fwcompiler_')])"
 
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[]\n"
 
