@@ -186,8 +186,10 @@ def follow(policy: Resolved, edge: ResolvedEdge, packet: Packet) -> Passed:
     if to_edge and sent is None:
         return Passed(packet, clauses(policy))
     on = replace(arriving, destination=sent[1]) if sent else arriving
-    host = next((f.host for f in edge.forwards if (on.version, on.destination) in f.host.addresses), None)
-    leaves = edge.lan if sent or host or packet.interface == edge.wan else edge.wan
+    known = (f.host for f in (*edge.forwards, *edge.guarded))
+    host = next((h for h in known if (on.version, on.destination) in h.addresses), None)
+    private = on.destination is not None and (on.version, on.destination) in edge.hidden
+    leaves = edge.lan if sent or host or private or packet.interface == edge.wan else edge.wan
     rest = Clause("accept", f"what goes from {packet.interface} to {leaves} passes")
     return Passed(on, (*passage(policy, edge, packet.interface, leaves), rest), host.name if host else "", sent is not None, leaves)
 

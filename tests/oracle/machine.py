@@ -16,10 +16,11 @@ import fcntl
 import os
 import socket
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import get_args
+from typing import cast, get_args
 
 import kernelspace
 from oracle.wire import TCP, Flow, Probe, encoded, flow
@@ -56,17 +57,17 @@ _ETHERNET = {4: bytes(12) + b"\x08\x00", 6: bytes(12) + b"\x86\xdd"}
 _ROOM = 64 << 20
 _FLOWS_AT_ONCE = 200
 
-_LAST = 2147483645
+LAST_PRIORITY = 2147483645
 """One before the place where connection tracking confirms an entry: INT_MAX in IPv4, one less in IPv6
 (include/uapi/linux/netfilter_ipv4.h; net/netfilter/nf_conntrack_proto.c, ``ipv6_conntrack_ops``)."""
 _RULES = f"""
 table inet oracle {{
 	chain end {{
-		type filter hook input priority {_LAST}; policy drop;
+		type filter hook input priority {LAST_PRIORITY}; policy drop;
 		{"; ".join(f'ct state {state} log prefix "{state}" group {_GROUP} drop' for state in get_args(State))}
 	}}
 	chain out {{
-		type filter hook output priority {_LAST}; policy drop;
+		type filter hook output priority {LAST_PRIORITY}; policy drop;
 	}}
 }}
 """
@@ -93,17 +94,35 @@ class InvalidRun(Exception):
     """Reports were lost: nothing that this run found means anything."""
 
 
+@dataclass(frozen=True)
+class Layout:
+    """What kind of host it is: its interfaces, the rules that report, and what has to be run and set."""
+
+    interfaces: tuple[str, ...] = INTERFACES
+    rules: str = _RULES
+    network: tuple[tuple[str, ...], ...] = ()
+    sysctls: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What came out: what the reporting rule says of it, and the beginning of the packet as it was there."""
+
+    prefix: str
+    head: bytes
+
+
 class Machine:
     """One such kernel; it lives as long as its block."""
 
-    def __init__(self, space: kernelspace.Space, held: ExitStack) -> None:
+    def __init__(self, space: kernelspace.Space, held: ExitStack, layout: Layout) -> None:
         self.space = space
         with space.entered():
-            _configure(_SYSCTLS)
-            self._devices = {name: held.enter_context(_tun(name)) for name in INTERFACES}
-            for argv in _network():
+            _configure({**_SYSCTLS, **layout.sysctls})
+            self._devices = {name: held.enter_context(_tun(name)) for name in layout.interfaces}
+            for argv in (*_up((LOOPBACK, *layout.interfaces)), *(layout.network or _network())):
                 kernelspace.run(argv)
-            kernelspace.run(("nft", "-f", "-"), _RULES)
+            kernelspace.run(("nft", "-f", "-"), layout.rules)
             _configure({f"netfilter/{name}": value for name, value in _CONNTRACK_SYSCTLS.items()})
             self._log, self._connections = (held.enter_context(_netlink()) for _ in range(2))
             self._wire = held.enter_context(socket.socket(socket.AF_PACKET, socket.SOCK_RAW))
@@ -117,13 +136,22 @@ class Machine:
         Raises:
             InvalidRun: reports were lost.
         """
+        told = self.reports(probes, [f for probe in probes if (f := flow(probe))])
+        return [cast(State, each.prefix) if each else None for each in told]
+
+    def reports(self, probes: Sequence[Probe], flows: Iterable[Flow]) -> list[Report | None]:
+        """Send packets to a kernel that knows these connections; for each, what was reported of it.
+
+        Raises:
+            InvalidRun: reports were lost.
+        """
         self._forget()
-        self._know(f for probe in probes if (f := flow(probe)))
-        found: list[State | None] = [None] * len(probes)
+        self._know(flows)
+        found: list[Report | None] = [None] * len(probes)
         for number, probe in enumerate(probes):
             self._send(probe, encoded(probe, number))
-            for at, state in self._reports():
-                found[at] = state
+            for at, report in self._reports():
+                found[at] = report
         return found
 
     def _send(self, probe: Probe, data: bytes) -> None:
@@ -132,7 +160,7 @@ class Machine:
         else:
             os.write(self._devices[probe.interface], data)
 
-    def _reports(self) -> Iterator[tuple[int, State]]:
+    def _reports(self) -> Iterator[tuple[int, Report]]:
         """What came out: a packet is through before the call that sent it returns, so nothing is waited for."""
         while True:
             try:
@@ -146,7 +174,7 @@ class Machine:
             for start, end in _messages(data):
                 yield self._report(data, start, end)
 
-    def _report(self, data: bytes, start: int, end: int) -> tuple[int, State]:
+    def _report(self, data: bytes, start: int, end: int) -> tuple[int, Report]:
         found = {kind: data[low:high] for kind, low, high in attributes(data, start + 20, end)}
         sequence = int.from_bytes(found[_SEQ], "big")
         if sequence != self._expected:
@@ -154,7 +182,7 @@ class Machine:
         self._expected += 1
         head = found[_PAYLOAD]
         number = int.from_bytes(head[4:6], "big") if head[0] >> 4 == 4 else int.from_bytes(head[0:4], "big") & 0xFFFFF
-        return number, found[_PREFIX].rstrip(b"\0").decode()  # type: ignore[return-value]
+        return number, Report(found[_PREFIX].rstrip(b"\0").decode(), head)
 
     def _subscribe(self) -> None:
         for part in (
@@ -174,9 +202,9 @@ class Machine:
         parts: list[bytes] = []
         for each in flows:
             for one in (each.expected_by, each):
-                if one is None or _tuple_key(one) in known or _tuple_key(_turned(one)) in known:
+                if one is None or tuple_key(one) in known or tuple_key(turned(one)) in known:
                     continue
-                known[_tuple_key(one)] = None
+                known[tuple_key(one)] = None
                 parts.append(_entry(one, len(parts)))
         for start in range(0, len(parts), _FLOWS_AT_ONCE):
             chunk = parts[start : start + _FLOWS_AT_ONCE]
@@ -186,10 +214,10 @@ class Machine:
 
 
 @contextmanager
-def machine() -> Iterator[Machine]:
+def machine(layout: Layout | None = None) -> Iterator[Machine]:
     """A kernel without rules of its own, for the length of a block."""
     with kernelspace.namespace() as space, ExitStack() as held:
-        yield Machine(space, held)
+        yield Machine(space, held, layout or Layout())
 
 
 def _configure(values: dict[str, int]) -> None:
@@ -209,10 +237,12 @@ def _tun(name: str) -> Iterator[int]:
         os.close(descriptor)
 
 
+def _up(names: Iterable[str]) -> Iterator[tuple[str, ...]]:
+    return (("ip", "link", "set", name, "up") for name in names)
+
+
 def _network() -> Iterator[tuple[str, ...]]:
     """Every address is this host's own."""
-    for name in (LOOPBACK, *INTERFACES):
-        yield ("ip", "link", "set", name, "up")
     for family, everything in (("-4", "0.0.0.0/0"), ("-6", "::/0")):
         yield ("ip", family, "route", "add", "local", everything, "dev", LOOPBACK)
 
@@ -245,11 +275,13 @@ def _raise_error(answer: bytes) -> None:
         raise OSError(code, f"netlink: {os.strerror(code)}")
 
 
-def _tuple_key(flow: Flow) -> tuple[object, ...]:
+def tuple_key(flow: Flow) -> tuple[object, ...]:
+    """What tells a connection from others, in one direction."""
     return flow.version, flow.source, flow.destination, flow.protocol, flow.source_port, flow.port
 
 
-def _turned(flow: Flow) -> Flow:
+def turned(flow: Flow) -> Flow:
+    """The other direction."""
     return Flow(flow.version, flow.destination, flow.source, flow.protocol, flow.port, flow.source_port, flow.replied)
 
 
@@ -258,7 +290,7 @@ def _entry(each: Flow, sequence: int) -> bytes:
     status = _CONFIRMED | (_SEEN_REPLY | _ASSURED if each.replied else 0)
     parts = [
         _tuple(1, each),
-        _tuple(2, _turned(each)),
+        _tuple(2, turned(each)),
         attribute(3, struct.pack("!I", status)),
         attribute(7, struct.pack("!I", 600)),
     ]
@@ -267,6 +299,9 @@ def _entry(each: Flow, sequence: int) -> bytes:
         parts.append(nested(4, nested(1, *info)))
     if each.expected_by:
         parts.append(_tuple(14, each.expected_by))
+    if each.translated:
+        side, address = each.translated
+        parts.append(nested(13 if side == "destination" else 6, attribute(1, address.to_bytes(4, "big"))))
     family = socket.AF_INET if each.version == 4 else socket.AF_INET6
     return message(_CT_NEW, NLM_F_ACK | NLM_F_CREATE, sequence, family, 0, *parts)
 

@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 from fwcompiler.addresses import LAST, MULTICAST, Range, covers
 from fwcompiler.foreign import LOCAL
+from fwcompiler.proof.conditions import out_text
 from fwcompiler.proof.diagram import VERDICTS, Diagrams
 from fwcompiler.proof.fields import Packet
-from fwcompiler.proof.host import of_host
+from fwcompiler.proof.host import HostProgram, of_host
 from fwcompiler.proof.meaning import Clause
 from fwcompiler.proof.prove import ORDERS
 from fwcompiler.proof.space import (
@@ -53,8 +54,9 @@ def is_for_several(packet: Packet) -> bool:
 class Diagram:
     """The prover's diagram of a ruleset for one family, walked down for single packets."""
 
-    def __init__(self, ruleset: Ruleset, version: int) -> None:
-        program = of_host(ruleset, version)
+    def __init__(self, ruleset: Ruleset, version: int, program: HostProgram | None = None) -> None:
+        program = program or of_host(ruleset, version)
+        self._out = ""
         self._space = make_space(version, program.conditions())
         fields = (*ORDERS[0], *range(FIRST_ATOM, FIRST_ATOM + len(self._space.atoms)))
         self._diagrams = Diagrams({number: self._space.everything(number) for number in fields})
@@ -65,12 +67,16 @@ class Diagram:
 
     def verdict(self, packet: Packet) -> str:
         """Where the packet ends; limits count as not exhausted, members are those that were read."""
-        node = self._root
+        return VERDICTS[self.terminal(packet)]
+
+    def terminal(self, packet: Packet, out: str = "") -> int:
+        """The diagram's number of that end, for a packet that leaves by an interface."""
+        self._out, node = out, self._root
         while node >= 0:
             level, edges = self._diagrams.nodes[node]
             bit = 1 << self._class(self._diagrams.fields[level], packet)
             node = next(child for mask, child in edges if mask & bit)
-        return VERDICTS[node]
+        return node
 
     def _class(self, number: int, packet: Packet) -> int:
         if number >= FIRST_ATOM:
@@ -87,6 +93,8 @@ class Diagram:
         text = text.split(" (", maxsplit=1)[0]
         if text == LOCAL:
             return not is_for_several(packet)
+        if text.startswith("out interface is "):
+            return text == out_text(self._out)
         if text.startswith("limit "):
             return True
         if text.startswith("the source exceeds "):

@@ -2,7 +2,7 @@
 
 The number of a probe travels in the packet (IPv4 identification, IPv6 flow label), so that whatever comes out at the end
 can be told apart. Layouts are those of RFC 791, 8200, 768, 9293, 792 and 4443. Checksums above IP are left at zero:
-the oracle's kernels do not look at them.
+the oracle's kernels do not look at them, but for those of ICMP errors, which NAT does.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """A connection as its first packet made it."""
+    """A connection as its first packet made it. `translated`: which side of it NAT rewrites, over IPv4, and to which address."""
 
     version: int
     source: int
@@ -77,6 +77,7 @@ class Flow:
     port: int
     replied: bool
     expected_by: Flow | None = None
+    translated: tuple[str, int] | None = None
 
 
 def encoded(probe: Probe, number: int) -> bytes:
@@ -121,7 +122,16 @@ def _icmp(probe: Probe) -> bytes:
     if probe.icmp_type not in ERRORS[probe.protocol]:
         return head + bytes(16)
     quoted = struct.pack("!HHHH8x", probe.source_port, 9, 16, 0)
-    return head[:4] + bytes(4) + _ip(probe.version, probe.destination, probe.source, UDP, 0, quoted)
+    body = _ip(probe.version, probe.destination, probe.source, UDP, 0, quoted)
+    plain = struct.pack("!BBH4x", probe.icmp_type, 0, 0) + body
+    return plain[:2] + struct.pack("!H", _checksum(_pseudo(probe, len(plain)) + plain)) + plain[4:]
+
+
+def _pseudo(probe: Probe, length: int) -> bytes:
+    """What ICMPv6 counts besides itself (RFC 8200, section 8.1)."""
+    if probe.version == 4:
+        return b""
+    return probe.source.to_bytes(16, "big") + probe.destination.to_bytes(16, "big") + struct.pack("!I3xB", length, ICMPV6)
 
 
 def flow(probe: Probe) -> Flow | None:
