@@ -141,6 +141,11 @@ def includes(a: Ranges, b: Ranges) -> bool:
     return a == b or all((at := bisect_right(a, low, key=_low)) > 0 and a[at - 1][1] >= high for low, high in b)
 
 
+def overlap(a: Ranges, b: Ranges) -> bool:
+    """True where some address lies in both; a search in ``b`` for each range of ``a`` up to the first that has one."""
+    return any((at := bisect_left(b, low, key=_high)) < len(b) and b[at][0] <= high for low, high in a)
+
+
 def difference(before: Ranges, after: Ranges) -> tuple[Ranges, Ranges]:
     """The ranges that only `before` has, and those that only `after` has, as they stand; nothing is cut or joined.
 

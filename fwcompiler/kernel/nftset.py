@@ -30,6 +30,7 @@ __all__ = [
     "delta",
     "generation",
     "lookup",
+    "lookups",
     "members",
     "read",
     "remove_member",
@@ -133,14 +134,23 @@ def read(name: str, version: int, *, table: str = TABLE) -> Ranges:
 
 def lookup(name: str, version: int, address: int, *, table: str = TABLE) -> bool:
     """True when the set holds the address; takes microseconds however large the set is."""
+    return lookups(name, version, (address,), table=table)[0]
+
+
+def lookups(name: str, version: int, addresses: Iterable[int], *, table: str = TABLE) -> list[bool]:
+    """:func:`lookup` for each of several addresses, one question at a time: asked together, one that is missing ends the answers."""
     where = _Set(name, version, table)
     with Channel() as channel:
-        try:
-            channel.ask(_kind(_GETSETELEM), _INET, where.head, netlink.nested(_LIST_ELEMENTS, single(version, address)))
-        except NetlinkError as error:
-            if error.errno == errno.ENOENT and _exists(channel, where):
-                return False
-            raise _explain(error, where, "read") from error
+        return [_holds(channel, where, address) for address in addresses]
+
+
+def _holds(channel: Channel, where: _Set, address: int) -> bool:
+    try:
+        channel.ask(_kind(_GETSETELEM), _INET, where.head, netlink.nested(_LIST_ELEMENTS, single(where.version, address)))
+    except NetlinkError as error:
+        if error.errno == errno.ENOENT and _exists(channel, where):
+            return False
+        raise _explain(error, where, "read") from error
     return True
 
 

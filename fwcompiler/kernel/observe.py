@@ -28,8 +28,5 @@ def fill_in(kind: SetKind, each: AddressSet, remembered: Mapping[str, Ranges]) -
 def _agrees(each: AddressSet, known: Ranges) -> bool:
     """Single look-ups at borders spread over the whole set: inside is in, just outside is out."""
     step = max(1, len(known) // SAMPLES)
-    for low, high in known[::step]:
-        for address in (low, high, low - 1, high + 1):
-            if 0 <= address <= LAST[each.version] and nftset.lookup(each.kernel_name, each.version, address) != covers(known, address):
-                return False
-    return True
+    borders = [a for low, high in known[::step] for a in (low, high, low - 1, high + 1) if 0 <= a <= LAST[each.version]]
+    return nftset.lookups(each.kernel_name, each.version, borders) == [covers(known, address) for address in borders]

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from fwcompiler.addresses import LAST, Addresses, Ranges, merged, subtract
-from fwcompiler.proof.classes import by_signature
+from fwcompiler.proof.classes import classes_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,8 @@ def cut(sets: Iterable[tuple[int, Ranges]]) -> Atoms:
     wanted = list(dict.fromkeys(sets))
     for version in (4, 6):
         own = [ranges for v, ranges in wanted if v == version]
-        for signature, ranges in sorted(by_signature(LAST[version], own).items()):
+        found = classes_of(LAST[version], own)
+        for signature, ranges in sorted(zip(found.signatures, found, strict=True)):
             bit = 1 << len(classes)
             classes.append((version, ranges))
             for i, each in enumerate(own):

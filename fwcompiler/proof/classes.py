@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import overload
 
-from fwcompiler.addresses import SEARCH, Merged, Range, Ranges, intersect, is_merged, merged, subtract
+from fwcompiler.addresses import SEARCH, Merged, Range, Ranges, includes, intersect, is_merged, merged, overlap, subtract
 
 
-def by_signature(last: int, sets: Sequence[Ranges]) -> dict[int, Ranges]:
-    """The numbers 0 to ``last`` by signature: bit `i` is set where ``sets[i]`` holds them.
+class Classes(Sequence[Ranges]):
+    """The numbers of each class. A proof that finds no difference never asks for them, so large ones are worked out when somebody does.
+
+    `signatures`: for each class, which sets hold it; bit `i` stands for the set with that number.
+    """
+
+    def __init__(self, found: dict[int, Callable[[], Ranges]]) -> None:
+        self.signatures = tuple(found)
+        self._makers = [cache(make) for make in found.values()]
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+    @overload
+    def __getitem__(self, index: int) -> Ranges: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Ranges]: ...
+    def __getitem__(self, index: int | slice) -> Ranges | list[Ranges]:
+        return [make() for make in self._makers[index]] if isinstance(index, slice) else self._makers[index]()
+
+
+def classes_of(last: int, sets: Sequence[Ranges]) -> Classes:
+    """Classes of the numbers 0 to ``last``.
 
     Mostly one set is far larger than all the others together. Then their few classes are each cut in two by it, which copies
     stretches of it; otherwise one sweep goes over the borders of all of them.
@@ -16,13 +39,18 @@ def by_signature(last: int, sets: Sequence[Ranges]) -> dict[int, Ranges]:
     spans = [ranges if is_merged(ranges) else merged(ranges) for ranges in sets]
     largest = max(range(len(spans)), key=lambda i: len(spans[i]), default=0)
     others = [() if i == largest else ranges for i, ranges in enumerate(spans)]
+    found: dict[int, Callable[[], Ranges]] = {}
     if not spans or len(spans[largest]) < SEARCH * SEARCH * (1 + sum(map(len, others))):
-        return _swept(last, spans)
-    found: dict[int, Ranges] = {}
+        for signature, ranges in _swept(last, spans).items():
+            found[signature] = partial(merged, ranges)
+        return Classes(found)
+    large = spans[largest]
     for signature, ranges in _swept(last, others).items():
-        found[signature] = subtract(ranges, spans[largest])
-        found[signature | 1 << largest] = intersect(ranges, spans[largest])
-    return {signature: ranges for signature, ranges in found.items() if ranges}
+        if not includes(large, ranges):
+            found[signature] = partial(subtract, ranges, large)
+        if overlap(ranges, large):
+            found[signature | 1 << largest] = partial(intersect, ranges, large)
+    return Classes(found)
 
 
 def _swept(last: int, sets: Sequence[Ranges]) -> dict[int, Ranges]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from fwcompiler.addresses import LAST, Ranges, merged
 from fwcompiler.ports import PROTOCOLS
-from fwcompiler.proof.classes import by_signature
+from fwcompiler.proof.classes import Classes, classes_of
 from fwcompiler.ruleset import STATES
 
 INTERFACE, STATE, PROTOCOL, PORT, SOURCE_PORT, TYPE, DESTINATION, SOURCE = range(8)
@@ -42,7 +42,7 @@ class Space:
 
     version: int
     interfaces: tuple[str, ...] = ()
-    classes: dict[int, list[Ranges]] = field(default_factory=dict)
+    classes: dict[int, Classes] = field(default_factory=dict)
     masks: dict[tuple[int, Ranges], int] = field(default_factory=dict)
     atoms: dict[str, int] = field(default_factory=dict)
 
@@ -105,14 +105,14 @@ def make_space(version: int, conditions: Iterable[Condition]) -> Space:
     return space
 
 
-def cut(last: int, sets: Sequence[Ranges]) -> tuple[list[Ranges], Mapping[Ranges, int]]:
+def cut(last: int, sets: Sequence[Ranges]) -> tuple[Classes, Mapping[Ranges, int]]:
     """Classes of the numbers 0 to ``last`` that every set treats alike, and each set's mask over them."""
-    found = by_signature(last, sets)
+    found = classes_of(last, sets)
     masks = dict.fromkeys(sets, 0)
-    for number, covering in enumerate(found):
+    for number, covering in enumerate(found.signatures):
         left = covering
         while left:
             lowest = left & -left
             masks[sets[lowest.bit_length() - 1]] |= 1 << number
             left ^= lowest
-    return list(found.values()), masks
+    return found, masks

@@ -34,7 +34,7 @@ from fwcompiler.addresses import (
     subtract,
     unpacked,
 )
-from fwcompiler.proof.classes import by_signature
+from fwcompiler.proof.classes import classes_of
 
 
 def read(text: str) -> Entry | str:
@@ -221,13 +221,14 @@ def test_classes_of_one_large_set(stretches: list[list[tuple[int, int]]], count:
     large = merged((3 * n, 3 * n) for n in range(count))
     sets = [merged((low, low + length) for low, length in each) for each in stretches] + [large]
 
-    found = by_signature(9999, sets)
+    found = classes_of(9999, sets)
 
     expected: dict[int, list[Range]] = {}
     for number in range(10_000):
         signature = sum(1 << i for i, ranges in enumerate(sets) if covers(ranges, number))
         expected.setdefault(signature, []).append((number, number))
-    assert found == {signature: merged(numbers) for signature, numbers in expected.items()}
+    classes = dict(zip(found.signatures, found, strict=True))
+    assert classes == {signature: merged(numbers) for signature, numbers in expected.items()}
 
 
 @LAW
