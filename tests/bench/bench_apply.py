@@ -24,6 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FWC = Path(sys.executable).with_name("fwc")
+BYTECODE = tempfile.TemporaryDirectory(prefix="fwc-bench-")
+ENVIRONMENT = {**os.environ, "PYTHONPYCACHEPREFIX": BYTECODE.name, "PYTHONDONTWRITEBYTECODE": ""}
+"""An installed fwc has its bytecode beside it; a checkout may not."""
 HAND_WRITTEN = """\
 table inet hand {{
 	set carriers4 {{ type ipv4_addr; flags interval; elements = {{ {elements} }}; }}
@@ -79,7 +82,7 @@ class Run:
 def measured(argv: list[str], folder: Path) -> Run:
     """Run a command to its end; it must succeed."""
     start = time.perf_counter()
-    process = subprocess.Popen(argv, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(argv, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=ENVIRONMENT)
     assert process.stderr is not None
     words = process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)
