@@ -13,12 +13,14 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from heapq import merge
-from itertools import chain, compress, count, pairwise
-from operator import gt, itemgetter, ne
+from itertools import chain, pairwise
+from operator import gt, itemgetter
 
 Range = tuple[int, int]
 Ranges = tuple[Range, ...]
 
+MANY = 1000
+"""Ranges from which on it pays to look for the faster way."""
 SEARCH = 32
 """How many ranges are passed over in the time of one binary search."""
 
@@ -35,9 +37,10 @@ _SPECIAL = frozenset(("0", "127", *(str(n) for n in range(224, 240))))
 
 
 class Merged(tuple[Range, ...]):
-    """Ranges that are known to be merged, so that nobody looks again, and that remember their hash: a set may have a million of them."""
+    """Ranges that are known to be merged, so that nobody looks again. They remember what is asked for often: a set may have a million."""
 
     _hash: int
+    _words: bytes
 
     def __hash__(self) -> int:
         try:
@@ -46,13 +49,49 @@ class Merged(tuple[Range, ...]):
             self._hash = super().__hash__()
             return self._hash
 
+    @property
+    def words(self) -> bytes:
+        """Both ends of all ranges, each as a word of 32 bits in network order; IPv4 only.
+
+        Raises:
+            OverflowError: an address does not fit.
+        """
+        try:
+            return self._words
+        except AttributeError:
+            self._words = _network_order(array("I", chain.from_iterable(self))).tobytes()
+            return self._words
+
+    @classmethod
+    def of_words(cls, words: bytes) -> Merged:
+        """What :attr:`words` came from.
+
+        Raises:
+            ValueError: these are no pairs of words, or not those of merged ranges.
+        """
+        numbers = array("I")
+        numbers.frombytes(words)
+        ends = iter(_network_order(numbers))
+        made = cls(zip(ends, ends, strict=True))
+        if not _are_merged(made):
+            raise ValueError("ranges that overlap or are out of order")
+        made._words = words
+        return made
+
+
+def _network_order(words: array[int]) -> array[int]:
+    if sys.byteorder == "little":
+        words.byteswap()
+    return words
+
 
 def merged(ranges: Iterable[Range]) -> Ranges:
     """Sort ranges and join those that overlap or touch."""
     if isinstance(ranges, Merged):
         return ranges
-    ordered = sorted(ranges)
-    if is_merged(ordered):
+    given = list(ranges)
+    ordered = _sorted_v4(given) if len(given) > MANY and max(map(_high, given)) <= LAST[4] else sorted(given)
+    if _are_merged(ordered):
         return Merged(ordered)
     out: list[Range] = []
     first, last = -1, -2
@@ -66,6 +105,11 @@ def merged(ranges: Iterable[Range]) -> Ranges:
     if last >= 0:
         out.append((first, last))
     return Merged(out)
+
+
+def _sorted_v4(ranges: list[Range]) -> list[Range]:
+    """Sorted by way of one number for each range: three times as fast, and what is made anew lies in memory in the order it is read in."""
+    return [(both >> 32, both & 0xFFFFFFFF) for both in sorted([low << 32 | high for low, high in ranges])]
 
 
 def intersect(a: Ranges, b: Ranges) -> Ranges:
@@ -144,21 +188,6 @@ def includes(a: Ranges, b: Ranges) -> bool:
 def overlap(a: Ranges, b: Ranges) -> bool:
     """True where some address lies in both; a search in ``b`` for each range of ``a`` up to the first that has one."""
     return any((at := bisect_left(b, low, key=_high)) < len(b) and b[at][0] <= high for low, high in a)
-
-
-def difference(before: Ranges, after: Ranges) -> tuple[Ranges, Ranges]:
-    """The ranges that only `before` has, and those that only `after` has, as they stand; nothing is cut or joined.
-
-    Beginning and end are passed over while they are the same, in large sets mostly all there is.
-    """
-    if before == after:
-        return (), ()
-    shorter = min(len(before), len(after))
-    start = next(compress(count(), map(ne, before, after)), shorter)
-    end = min(next(compress(count(), map(ne, reversed(before), reversed(after))), shorter), shorter - start)
-    old, new = before[start : len(before) - end], after[start : len(after) - end]
-    was, now = frozenset(old), frozenset(new)
-    return tuple(r for r in old if r not in now), tuple(r for r in new if r not in was)
 
 
 @dataclass(frozen=True, slots=True)
@@ -438,36 +467,11 @@ def _parse_wildcard(text: str) -> Entry:
 
 def is_merged(ranges: Sequence[Range]) -> bool:
     """True for ranges in canonical form: ascending, apart by at least one address."""
-    if isinstance(ranges, Merged):
-        return True
+    return isinstance(ranges, Merged) or _are_merged(ranges)
+
+
+def _are_merged(ranges: Sequence[Range]) -> bool:
     lows = [low for low, _ in ranges]
     behind = [high + 1 for _, high in ranges]
     # One call for all of it: a set has 100,000 of them.
     return all(map(gt, behind, lows)) and all(map(gt, lows[1:], behind))
-
-
-def packed(ranges: Ranges) -> str | list[Range]:
-    """Ranges for a file: those of IPv4 as hexadecimal words in network order, since 100,000 pairs of numbers take JSON 80 ms."""
-    if ranges and ranges[-1][1] > LAST[4]:
-        return list(ranges)
-    return _network_order(array("I", chain.from_iterable(ranges))).tobytes().hex()
-
-
-def unpacked(written: str | list[list[int]]) -> Ranges:
-    """What :func:`packed` wrote.
-
-    Raises:
-        ValueError, TypeError: it is nothing of that kind.
-    """
-    if not isinstance(written, str):
-        return merged((low, high) for low, high in written)
-    words = array("I")
-    words.frombytes(bytes.fromhex(written))
-    numbers = iter(_network_order(words))
-    return merged(zip(numbers, numbers, strict=True))
-
-
-def _network_order(words: array[int]) -> array[int]:
-    if sys.byteorder == "little":
-        words.byteswap()
-    return words

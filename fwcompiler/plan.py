@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from fwcompiler.addresses import Ranges, difference, range_text
+from fwcompiler.addresses import Ranges, range_text
 from fwcompiler.backend import Backend, Command, Fill, SetChange, Step
+from fwcompiler.contents import difference
 from fwcompiler.proof.access import AccessChange, compare
 from fwcompiler.proof.memberaccess import MemberAccess, compare_members
 from fwcompiler.ruleset import AddressSet, Ruleset

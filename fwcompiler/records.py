@@ -6,7 +6,8 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fwcompiler.addresses import Ranges, packed
+from fwcompiler.addresses import Ranges
+from fwcompiler.contents import packed
 from fwcompiler.ruleset import Ruleset
 
 

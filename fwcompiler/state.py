@@ -21,7 +21,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fwcompiler.addresses import Ranges, packed, unpacked
+from fwcompiler.addresses import Ranges
+from fwcompiler.contents import packed, unpacked
 from fwcompiler.diagnostics import HostRefused
 from fwcompiler.durable import checksum, sync, write
 from fwcompiler.kernel import session

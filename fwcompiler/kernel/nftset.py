@@ -14,7 +14,8 @@ import struct
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from fwcompiler.addresses import BITS, LAST, Ranges, address_text, difference, intersect, merged, range_text, subtract
+from fwcompiler.addresses import BITS, LAST, Ranges, address_text, intersect, merged, range_text, subtract
+from fwcompiler.contents import difference
 from fwcompiler.diagnostics import HostRefused
 from fwcompiler.kernel import netlink
 from fwcompiler.kernel.netlink import Batch, Channel, NetlinkError, StaleGeneration, Unacknowledged

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from fwcompiler.addresses import EVERYONE, LOOPBACK, Addresses, Range, address_text, difference, intersect, merged
+from fwcompiler.addresses import EVERYONE, LOOPBACK, Addresses, Range, address_text, intersect, merged
+from fwcompiler.contents import difference
 from fwcompiler.ports import PROTOCOLS, WITH_PORTS, port_text
 from fwcompiler.proof.atoms import Atoms, cut
 from fwcompiler.proof.beyond import Beyond

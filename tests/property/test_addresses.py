@@ -20,20 +20,18 @@ from fwcompiler.addresses import (
     Range,
     address_text,
     covers,
-    difference,
     includes,
     intersect,
     is_merged,
     merged,
-    packed,
     parse_address,
     parse_entry,
     parse_plain,
     prefixes,
     range_text,
     subtract,
-    unpacked,
 )
+from fwcompiler.contents import difference, packed, unpacked
 from fwcompiler.proof.classes import classes_of
 
 
@@ -248,3 +246,25 @@ def test_packed(a: Addresses) -> None:
     """What is written down about a content is that content when it is read, also by way of JSON."""
     for version in BITS:
         assert unpacked(json.loads(json.dumps(packed(a.family(version))))) == a.family(version)
+
+
+@LAW
+@given(
+    st.lists(st.tuples(st.integers(0, LAST[4] >> 4), st.integers(0, 40)), max_size=8), st.integers(1001, 1400), st.sampled_from((2, 3, 7))
+)
+def test_large_contents(drawn: list[tuple[int, int]], count: int, step: int) -> None:
+    """Where there are many ranges faster ways are taken; they lead to the same."""
+    many = [(n * step, n * step + 1) for n in range(count)]
+    extra = [(low, low + length) for low, length in drawn]
+    before, after = merged(many), merged([*reversed(many), *extra])
+
+    joined: list[Range] = []
+    for low, high in sorted([*many, *extra]):
+        if joined and low <= joined[-1][1] + 1:
+            joined[-1] = (joined[-1][0], max(joined[-1][1], high))
+        else:
+            joined.append((low, high))
+    assert after == tuple(joined)
+    remove, add = difference(before, after)
+    assert (set(remove), set(add)) == (set(before) - set(after), set(after) - set(before))
+    assert unpacked(packed(after)) == after
