@@ -65,6 +65,7 @@ class PacketCase:
 
     `destination` None: an address of the host itself. `label` is a service's name or one of fwc's own labels (`block`,
     `trust`, `established`, `invalid`, `icmp`, `loopback`, `other`). `members`: it counts on the case's dynamic members.
+    `host`: where an edge lets it go.
     """
 
     text: str
@@ -79,6 +80,7 @@ class PacketCase:
     verdict: str
     label: str
     members: bool = False
+    host: str = ""
 
 
 @dataclass(frozen=True)
@@ -223,14 +225,14 @@ def _generated(text: str) -> Iterator[str]:
 
 _PACKET = re.compile(
     rf"(?P<source>\S+) -> (?:(?P<destination>[0-9a-f.:]*[.:][0-9a-f.:]*) )?(?P<to>[a-z0-9]+(?:/\d+)?)"
-    rf"(?: (?P<state>{'|'.join(STATES)}))?(?: in (?P<interface>\S+))? = (?P<verdict>accept|drop) (?P<label>\S+)$"
+    rf"(?: (?P<state>{'|'.join(STATES)}))?(?: in (?P<interface>\S+))? = (?P<verdict>accept|drop) (?P<label>\S+)(?: at (?P<host>\S+))?$"
 )
 
 
 def _packet(line: str, at: str, members: bool) -> PacketCase:
     found = _PACKET.match(line)
     if not found:
-        raise CaseError(f"{at}: `{line}` is not `FROM -> [ADDRESS] PROTOCOL/PORT [STATE] [in INTERFACE] = VERDICT LABEL`")
+        raise CaseError(f"{at}: `{line}` is not `FROM -> [ADDRESS] PROTOCOL/PORT [STATE] [in INTERFACE] = VERDICT LABEL [at HOST]`")
     source = ip_address(found["source"])
     destination = ip_address(found["destination"]) if found["destination"] else None
     if destination is not None and destination.version != source.version:
@@ -249,6 +251,7 @@ def _packet(line: str, at: str, members: bool) -> PacketCase:
         found["verdict"],
         found["label"],
         members,
+        found["host"] or "",
     )
 
 

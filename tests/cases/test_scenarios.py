@@ -18,6 +18,9 @@ import pytest
 from cases.canonical import canonical
 from cases.loader import BACKENDS, Case, PacketCase, all_cases, all_rejected, load_case, update_case
 from kernelspace import Space, namespace, run
+from oracle.machine import machine
+from oracle.through import edge_layout, kernel_fate, known_flow
+from oracle.wire import Probe, Way
 
 from fwcompiler import cli
 from fwcompiler.addresses import Addresses, address_text, parse_address
@@ -25,11 +28,12 @@ from fwcompiler.backend import Backend
 from fwcompiler.catalogue import CATALOGUE
 from fwcompiler.diagnostics import CODES, UsageError
 from fwcompiler.kernel import runner
-from fwcompiler.pipeline import compile_policy
+from fwcompiler.pipeline import Compiled, compile_policy
 from fwcompiler.proof.atoms import cut
+from fwcompiler.proof.edge import explain_packet, follow
 from fwcompiler.proof.fields import Packet
-from fwcompiler.proof.meaning import explain
 from fwcompiler.proof.program import Point, Program, sets_of
+from fwcompiler.proof.trace import trace_through
 from fwcompiler.registry import load
 from fwcompiler.resolve import Resolved
 from fwcompiler.ruleset import BUILT_IN, AddressSet, Ruleset, State
@@ -130,9 +134,10 @@ def test_packets_are_explained(case: Case) -> None:
     expected, found = [], []
     for each in case.packets:
         policy = _with_members(compiled.resolved, case) if each.members else compiled.resolved
-        explanation = explain(policy, _packet(each))
-        expected.append(f"{each.text}: {each.verdict} {None if each.label in BUILT_IN else each.label}")
-        found.append(f"{each.text}: {explanation.verdict} {explanation.service}")
+        explanation = explain_packet(policy, _packet(each))
+        to = follow(policy, policy.edge, _packet(each)).host if policy.edge and explanation.verdict == "accept" else ""
+        expected.append(f"{each.text}: {each.verdict} {None if each.label in BUILT_IN else each.label} {each.host}")
+        found.append(f"{each.text}: {explanation.verdict} {explanation.service} {to}")
 
     assert expected == found
 
@@ -150,12 +155,15 @@ def test_kernel_takes_it(case: Case, backend: Backend, update_cases: bool, capsy
     with namespace() as by_hand:
         with by_hand.entered():
             _load_files(backend, files)
-        listing = _listing(backend, by_hand, small)
+        nat = "*nat\n" in files.get("fwc.v4", "")
+        listing = _listing(backend, by_hand, small, nat=nat)
     with namespace() as by_fwc:
         with by_fwc.entered():
             runner.execute(backend.load(compiled.ruleset))
-        assert listing == _listing(backend, by_fwc, small)
-        _decide(case, backend, by_fwc)
+        assert listing == _listing(backend, by_fwc, small, nat=nat)
+        _decide(case, backend, by_fwc, compiled.resolved)
+    if compiled.resolved.edge:
+        _send(case, backend, compiled)
 
     found = dict(files)
     if _prints_as_written(backend):
@@ -206,16 +214,20 @@ _BY_NAME = re.compile(r"(l4proto|-p) vrrp\b")
 _COUNTER = re.compile(r"(\tcounter \S+) \{\n\t\tpackets \d+ bytes \d+\n\t\}\n\n?")
 
 
-def _listing(backend: Backend, space: Space, small: bool) -> str:
+def _listing(backend: Backend, space: Space, small: bool, *, nat: bool) -> str:
     """What the kernel lists, without counters and dates; sets sorted."""
-    return _BY_NAME.sub(r"\1 112", _raw_listing(backend, space, small))
+    return _BY_NAME.sub(r"\1 112", _raw_listing(backend, space, small, nat))
 
 
-def _raw_listing(backend: Backend, space: Space, small: bool) -> str:
+def _raw_listing(backend: Backend, space: Space, small: bool, nat: bool) -> str:
     if backend.name == "nftables":
         return _COUNTER.sub(r"\1\n", space.run("nft", *(() if small else ("-t",)), "list", "table", "inet", "fwc"))
     variant = backend.name.removeprefix("iptables-")
-    saves = [f"# {p}\n" + _plain(space.run(f"{p}-{variant}-save", "-t", "filter")) for p in ("iptables", "ip6tables")]
+    tables = ("filter", "nat") if nat else ("filter",)
+    saves = [
+        f"# {p}\n" + "".join(_plain(space.run(f"{p}-{variant}-save", "-t", t)) for t in tables if (p, t) != ("ip6tables", "nat"))
+        for p in ("iptables", "ip6tables")
+    ]
     sets = sorted(space.run("ipset", "save").splitlines(keepends=True))
     return "".join((*saves, "# ipset\n", *map(_plain_set, sets)))
 
@@ -230,7 +242,7 @@ def _plain_set(line: str) -> str:
     return re.sub(r" (?:bucketsize \d+|initval 0x[0-9a-f]+)", "", line)
 
 
-def _decide(case: Case, backend: Backend, space: Space) -> None:
+def _decide(case: Case, backend: Backend, space: Space, policy: Resolved) -> None:
     """Every packet, run through the rules that the kernel lists.
 
     One with a loopback address that should not be there may be dropped before its turn, as blocked or as a stranger.
@@ -246,9 +258,62 @@ def _decide(case: Case, backend: Backend, space: Space) -> None:
             ruleset = _observed(backend)
         expected += [f"{each.text}: {each.verdict} {each.label}" for each in packets]
         for each in packets:
-            verdict = _verdict(ruleset, each)
+            verdict = _verdict_at(_with_members(policy, case) if with_members else policy, ruleset, each) or _verdict(ruleset, each)
             early = each.label == "loopback" and verdict.startswith("drop ")
             found.append(f"{each.text}: {'drop loopback' if early else verdict}")
+    assert expected == found
+
+
+def _verdict_at(policy: Resolved, ruleset: Ruleset, each: PacketCase) -> str:
+    """`accept sip` for a packet that an edge sends on, as the listed rules do; the empty string where it is for the host itself.
+
+    Of what nothing of ours decides the label is `other`, but from lan to lan, where a service needs no rule to pass.
+    """
+    passed = follow(policy, policy.edge, _packet(each)) if policy.edge else None
+    if passed is None or not passed.leaves:
+        return ""
+    arriving = passed.packet if each.state != "new" else replace(passed.packet, destination=_own(policy, each))
+    decision = trace_through(ruleset, arriving, passed.leaves)
+    if passed.sent and each.state == "new":
+        assert decision.to == passed.packet.destination, each.text
+    return f"{decision.verdict} {decision.service or (each.label if passed.leaves == each.interface else 'other')}"
+
+
+def _own(policy: Resolved, each: PacketCase) -> int:
+    """Where a packet is addressed to: without a word of it, to the edge's first address."""
+    assert policy.edge
+    return policy.edge.addresses.family(each.version)[0][0] if each.destination is None else each.destination
+
+
+WAYS: dict[str, Way] = {"new": "alone", "established": "original", "related": "related", "invalid": "broken"}
+
+
+def _send(case: Case, backend: Backend, compiled: Compiled) -> None:
+    """Every packet for real, through a kernel that routes as the edge does: where it comes out, and for whom."""
+    policy = compiled.resolved
+    assert policy.edge
+    assert policy.host
+    behind = {f.host.name: f.host for f in (*policy.edge.forwards, *policy.edge.guarded)}
+    layout = edge_layout(policy.edge, policy.host.addresses, [pair for host in behind.values() for pair in host.addresses])
+    expected, found = [], []
+    with machine(layout) as kernel:
+        with kernel.space.entered():
+            runner.execute(backend.load(compiled.ruleset))
+        for with_members in (False, True):
+            packets = [p for p in case.packets if p.members == with_members]
+            if packets and with_members:
+                with kernel.space.entered():
+                    _add_members(case, backend)
+            for each in packets:
+                to = _own(policy, each)
+                number = 40000 + len(expected)
+                way = WAYS[each.state]
+                probe = Probe(each.version, each.source, to, each.protocol, each.port, number, each.icmp_type, each.interface, way)
+                flow = known_flow(policy.edge, probe)
+                fate = kernel_fate(kernel.reports([probe], [flow] if flow else [])[0])
+                names = (n for n, h in behind.items() if (each.version, fate.to) in h.addresses)
+                found.append(f"{each.text}: {fate.verdict} {next(names, '')}")
+                expected.append(f"{each.text}: {each.verdict} {each.host}")
     assert expected == found
 
 

@@ -23,6 +23,7 @@ from fwcompiler.kernel import runner
 from fwcompiler.kernel.labnet import network
 from fwcompiler.kernel.netns import Namespace
 from fwcompiler.lab import Outcome, try_packets
+from fwcompiler.lab_edge import plan_edge_lab
 from fwcompiler.lab_plan import UNUSABLE, Client, plan_lab
 from fwcompiler.pipeline import compile_policy
 from fwcompiler.ports import PROTOCOLS
@@ -66,12 +67,14 @@ class TestMatrix:
         case = load_case(path)
         case.write_inputs(tmp_path)
         monkeypatch.chdir(tmp_path)
-        compiled = compile_policy("policy.yaml")
+        compiled = compile_policy("policy.yaml", host=case.host)
         sources = dict.fromkeys((p.version, p.source) for p in case.packets if not covers(UNUSABLE[p.version], p.source))
-        planned = plan_lab(compiled.resolved, [Client(address_text(v, a), {v: a}) for v, a in sources])
+        clients = [Client(address_text(v, a), {v: a}) for v, a in sources]
+        planned = plan_edge_lab(compiled.resolved) if compiled.resolved.edge else plan_lab(compiled.resolved, clients)
         wrong: dict[str, list[str]] = {}
-        with network(planned.host, planned.stations) as net:
-            for name in USABLE:
+        for name in USABLE:
+            # A network each: connections that an edge has sent on stay what they are.
+            with network(planned.host, planned.stations, planned.router) as net:
                 with loaded(load(name), net.host, compiled.ruleset):
                     outcomes = try_packets(compiled.resolved, planned, net, WAITS)
                 wrong[name] = [told(o) for o in outcomes if not o.agrees]

@@ -24,10 +24,10 @@ from oracle.reading import Diagram, meant
 from oracle.wire import ICMP, ICMPV6, TCP, UDP, Flow, Probe, flow
 from property.strategies import HOME, documents
 
-from fwcompiler.addresses import Range, address_text, covers, parse_address
+from fwcompiler.addresses import BITS, Range, address_text, covers, parse_address
 from fwcompiler.backend import Backend
 from fwcompiler.diagnostics import Report as Findings
-from fwcompiler.edge import ResolvedEdge
+from fwcompiler.edge import PRIVATE, ResolvedEdge
 from fwcompiler.policy import validate
 from fwcompiler.proof.conditions import ordered, outs
 from fwcompiler.proof.describe import packet_text
@@ -49,44 +49,49 @@ OUTSIDE = {4: parse_address("192.0.2.66")[1], 6: parse_address("2001:db8:66::66"
 CHUNKS = 10000
 INPUT = "input"
 
-_REPORTS = "\n".join(f'oifname "{o}" ct state {s} log prefix "{o} {s}" group 1 drop' for o in (WAN, LAN, OTHER) for s in get_args(State))
-LAYOUT = Layout(
-    (WAN, LAN, OTHER),
-    f"""
+
+def edge_layout(edge: ResolvedEdge | None, own: Sequence[tuple[int, int]], behind: Sequence[tuple[int, int]]) -> Layout:
+    """A host that routes between an edge's interfaces and `other0`; private IPv4 addresses of its own are on the lan."""
+    wan, lan = (edge.wan, edge.lan) if edge else (WAN, LAN)
+    states = get_args(State)
+    reports = "\n".join(f'oifname "{o}" ct state {s} log prefix "{o} {s}" group 1 drop' for o in (wan, lan, OTHER) for s in states)
+    inner = [pair for pair in own if pair[0] == 4 and covers(PRIVATE, pair[1])]
+    lines = []
+    for pair in own:
+        nodad = " nodad" if pair[0] == 6 else ""
+        lines.append(f"addr add {address_text(*pair)}/{BITS[pair[0]]} dev {lan if pair in inner else wan}{nodad}")
+    ways = [(pair, BITS[pair[0]], lan) for pair in behind]
+    ways += [((v, a), BITS[v], lan) for v, a in SPARE_LAN.items()] + [((v, a), BITS[v], OTHER) for v, a in ELSEWHERE.items()]
+    lines += [f"-{v} route replace {address_text(v, a)}/{length} dev {name}" for (v, a), length, name in ways]
+    lines += [f"-{version} route add default dev {wan}" for version in (4, 6)]
+    rules = f"""
 table inet oracle {{
 	chain end {{
 		type filter hook input priority {LAST_PRIORITY}; policy drop;
-		{"; ".join(f'ct state {s} log prefix "{INPUT} {s}" group 1 drop' for s in get_args(State))}
+		{"; ".join(f'ct state {s} log prefix "{INPUT} {s}" group 1 drop' for s in states)}
 	}}
 	chain through {{
 		type filter hook postrouting priority {LAST_PRIORITY}; policy drop;
-		{_REPORTS}
+		{reports}
 	}}
 	chain out {{
 		type filter hook output priority {LAST_PRIORITY}; policy drop;
 	}}
 }}
-""",
-    tuple(
-        tuple(f"ip {line}".split())
-        for line in (
-            f"addr add {address_text(4, PUBLIC)}/32 dev {WAN}",
-            f"addr add {address_text(4, INNER)}/32 dev {LAN}",
-            f"addr add {address_text(6, PUBLIC6)}/128 dev {WAN} nodad",
-            f"route add 10.20.0.0/24 dev {LAN}",
-            f"route add 172.17.0.0/24 dev {OTHER}",
-            f"route add default dev {WAN}",
-            f"-6 route add 2001:db8:20::/64 dev {LAN}",
-            f"-6 route add 2001:db8:99::/64 dev {OTHER}",
-            f"-6 route add default dev {WAN}",
-        )
-    ),
-    {
-        "ipv4/ip_forward": 1,
-        "ipv6/conf/all/forwarding": 1,
-        "ipv4/conf/all/send_redirects": 0,
-        "ipv4/conf/default/send_redirects": 0,
-    },
+"""
+    return Layout((wan, lan, OTHER), rules, tuple(tuple(f"ip {line}".split()) for line in lines), _ROUTING)
+
+
+_ROUTING = {
+    "ipv4/ip_forward": 1,
+    "ipv6/conf/all/forwarding": 1,
+    "ipv4/conf/all/send_redirects": 0,
+    "ipv4/conf/default/send_redirects": 0,
+}
+LAYOUT = edge_layout(
+    None,
+    [(4, PUBLIC), (4, INNER), (6, PUBLIC6)],
+    [(v, base + n) for v, base in ((4, INNER - 1), (6, SPARE_LAN[6] - 0x99)) for n in (*range(11, 16), *range(0x11, 0x16))],
 )
 
 
