@@ -9,7 +9,7 @@ from fwcompiler.addresses import AddressError, address_text, parse_address
 from fwcompiler.diagnostics import UsageError, did_you_mean
 from fwcompiler.edge import ResolvedEdge
 from fwcompiler.listing import HOW, read_listing
-from fwcompiler.neighbours import WholeHost, read_host
+from fwcompiler.neighbours import ON_THE_WAY, WholeHost, read_host
 from fwcompiler.pipeline import Host, observe
 from fwcompiler.ports import PortError, parse_ports
 from fwcompiler.proof.ask import Answer, Candidate, Word, ask
@@ -198,7 +198,7 @@ def explain_live(host: Host, policy: Resolved, packet: Packet, explanation: Expl
     if policy.edge and packet.interface in (policy.edge.wan, policy.edge.lan):
         through = _trace_at_edge(live, packet, policy.edge, passed)
         if passed and (passed.leaves or through.to is not None):
-            others = () if whole.alone else ("rules of others that packets meet on their way through",)
+            others = () if whole.alone_on_the_way else (ON_THE_WAY,)
             target = passed.packet.destination if passed.sent else None
             return Traced(
                 through, explanation, replace(whole, unread=(*whole.unread, *others)), to=target if packet.state == "new" else None

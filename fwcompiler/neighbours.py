@@ -16,13 +16,17 @@ from fwcompiler.proof.ask import Answer, Candidate, ask
 from fwcompiler.proof.conditions import ordered, outs
 from fwcompiler.proof.describe import box_text, example, rule_text
 from fwcompiler.proof.fields import Packet
+from fwcompiler.proof.host import THROUGH
 from fwcompiler.proof.prove import FAMILIES, differ
 from fwcompiler.proof.space import FIRST_ATOM, SOURCE, Space
 from fwcompiler.registry import load
-from fwcompiler.ruleset import Ruleset
+from fwcompiler.ruleset import Goto, Jump, Ruleset
 
 TABLE, PREFIX = "inet fwc", "FWC-"
 """What is ours, by its name in nftables and by the first letters of chains in iptables."""
+
+ON_THE_WAY = "rules of others that meet what hosts behind this edge send, or get at their own addresses"
+"""What is not composed with ours. What is sent to the edge itself is, wherever it goes on to."""
 
 
 End = Literal["accept", "drop", "reject", "redirect"]
@@ -68,6 +72,14 @@ class WholeHost:
         """True where nobody else's rules can change anything."""
         names = {c.name for c in self.ours.chains}
         return not any(c.rules or (c.hook and c.hook.policy == "drop") for c in self.rules.chains if c.name not in names)
+
+    @property
+    def alone_on_the_way(self) -> bool:
+        """True where packets that are sent on meet nobody else's rules; a call of ours is not somebody else's."""
+        own = {c.name: c.rules for c in self.ours.chains}
+        bases = [c for c in self.rules.chains if c.hook and c.hook.name in THROUGH and own.get(c.name) != c.rules]
+        theirs = (r for c in bases for r in c.rules if not (isinstance(r.verdict, Goto | Jump) and r.verdict.chain in own))
+        return not any(theirs) and not any(c.hook and c.hook.policy == "drop" for c in bases)
 
     def ask(self, packet: Packet) -> Answer:
         """What becomes of a packet that is sent to the host."""

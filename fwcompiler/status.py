@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, cast
 
 from fwcompiler import second_reading
 from fwcompiler.dynamic import rows
-from fwcompiler.kernel import runner
+from fwcompiler.kernel import hostfacts, runner
 from fwcompiler.kernel import second_reading as kernel_reading
 from fwcompiler.members import Journal, group_of
 from fwcompiler.membership import member_json, member_lines
-from fwcompiler.neighbours import meddling, read_host
+from fwcompiler.neighbours import ON_THE_WAY, meddling, read_host
 from fwcompiler.pipeline import Host, applied, is_loaded, observe
 from fwcompiler.plan import make_plan
 from fwcompiler.proof.diagram import StepsExceeded
 from fwcompiler.registry import installed, load
 from fwcompiler.report import counters_json
-from fwcompiler.ruleset import Ruleset
+from fwcompiler.ruleset import InRanges, Interface, Ruleset
 from fwcompiler.tables import table_text
 from fwcompiler.trial import left
 
@@ -48,7 +48,7 @@ def read_status(host: Host) -> StatusShape:
         "trial": _trial(host),
         "counters": counters_json(backend.counters(listing)),
         "members": _members(host, live),
-        "notes": [*_others(host, live), *_elsewhere(host)],
+        "notes": [*_routing(host, live), *_others(host, live), *_elsewhere(host)],
         "second_reading": _second_reading(host, listing),
     }
 
@@ -99,6 +99,21 @@ def _others(host: Host, live: Ruleset) -> Iterator[str]:
     except StepsExceeded:
         yield "rules of others are loaded, more than can be decided"
     yield from (f"not looked at: {what}" for what in whole.unread)
+
+
+def _routing(host: Host, live: Ruleset) -> Iterator[str]:
+    """What keeps an edge from sending on, and rules of others that are not looked at there."""
+    pairs = ([m.name for m in r.matches if isinstance(m, Interface)] for c in live.chains for r in c.rules)
+    names = dict.fromkeys(name for pair in pairs if len(pair) == 2 for name in pair)
+    if names:
+        versions = (
+            (4, 6) if any(isinstance(m, InRanges) and m.version == 6 for c in live.chains for r in c.rules for m in r.matches) else (4,)
+        )
+        with host.namespace.entered():
+            found = hostfacts.routing(tuple(names), versions)
+        yield from hostfacts.routing_text(found)
+        if not read_host(host, live).alone_on_the_way:
+            yield f"not looked at: {ON_THE_WAY}"
 
 
 def _elsewhere(host: Host) -> Iterator[str]:

@@ -9,7 +9,7 @@ from fwcompiler.backend import Backend
 from fwcompiler.diagnostics import HostRefused
 from fwcompiler.kernel import runner
 from fwcompiler.kernel.observe import READ_WHOLE
-from fwcompiler.neighbours import Meddling, meddling, read_host
+from fwcompiler.neighbours import ON_THE_WAY, Meddling, meddling, read_host
 from fwcompiler.pipeline import Compiled, Host, disproof, normal_form, observe
 from fwcompiler.proof.describe import CounterExample, box_text
 from fwcompiler.proof.diagram import StepsExceeded
@@ -59,7 +59,10 @@ def verify_live(compiled: Compiled, host: Host, *, full: bool = False) -> Verifi
         found = [(each, _policy_says(compiled, each.packet)) for each in meddling(whole)]
     except StepsExceeded:
         problems.append("the rules of others are more than can be decided")
-    return Verified((host.backend.name,), tuple(problems), disproof(compiled, live), sampled, tuple(found), whole.unread, whole.alone)
+    passing = (ON_THE_WAY,) if compiled.resolved.edge and not whole.alone_on_the_way else ()
+    unread = (*whole.unread, *passing)
+    alone = whole.alone or bool(passing)
+    return Verified((host.backend.name,), tuple(problems), disproof(compiled, live), sampled, tuple(found), unread, alone)
 
 
 def _policy_says(compiled: Compiled, packet: Packet) -> str:

@@ -12,6 +12,7 @@ from fwcompiler.asterisk import Configuration
 from fwcompiler.diagnostics import Finding
 
 if TYPE_CHECKING:
+    from fwcompiler.kernel.hostfacts import Routing
     from fwcompiler.kernel.sockets import Listener
 
 ASTERISK_FILES = ("rtp.conf", "http.conf", "sip.conf", "pjsip.conf", "manager.conf")
@@ -132,6 +133,8 @@ class Facts:
     answers: tuple[Answer, ...] | None = None
     rules: Rules | None = None
     drift: Drift | None = None
+    routing: Routing | None = None
+    """Of an edge only."""
     locked_out: tuple[Finding, ...] | None = None
     """Who is logged in by SSH and could not log in again, each with the policy's line."""
     resolved_names: Mapping[str, Addresses] = field(default_factory=dict)

@@ -95,6 +95,7 @@ class _Gatherer:
             filters = self._try("other packet filters", hostfacts.filters)
             conntrack, helper = self._conntrack(), self._helper(filters)
             local_ports = hostfacts.local_ports()
+            routing = self._routing()
         everybody = self._try("who is logged in", lambda: visitors(ssh_ports(self._policy), namespace, ancestors=self._wishes.ancestors))
         own = tuple(OwnAddress(a.version, a.address, a.name, a.wide) for a in addresses) if addresses is not None else None
         planned = self._plan()
@@ -107,6 +108,7 @@ class _Gatherer:
             addresses=own,
             listeners=listeners,
             local_ports=local_ports,
+            routing=routing,
             conntrack=conntrack,
             helper=helper,
             served=served,
@@ -207,6 +209,13 @@ class _Gatherer:
             self.left_out.append(f"the certificate file {path}: {content} (this needs root)")
         else:
             yield CertificateFile(path, str(setting.at), tls.port, error=content)
+
+    def _routing(self) -> hostfacts.Routing | None:
+        edge = self._policy.edge
+        if edge is None:
+            return None
+        versions = [v for v in (4, 6) if any(w == v for f in edge.forwards for w, _ in f.host.addresses)]
+        return hostfacts.routing((edge.wan, edge.lan), versions)
 
     def _conntrack(self) -> Conntrack | None:
         room, count = hostfacts.number("netfilter/nf_conntrack_max"), hostfacts.number("netfilter/nf_conntrack_count")

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 from fwcompiler.audit.facts import Answer, Conntrack, Drift, Facts, Helper, Rules
 from fwcompiler.audit.findings import Issue, of_policy
 from fwcompiler.diagnostics import Position
+from fwcompiler.kernel.hostfacts import Routing
 from fwcompiler.ports import port_text
 from fwcompiler.resolve import Resolved, ResolvedService
 
@@ -28,6 +29,8 @@ def host(policy: Resolved, facts: Facts, where: Position) -> Iterator[Issue]:
     yield from _redirects(policy, facts)
     if facts.helper is not None:
         yield from _helper(facts.helper)
+    if facts.routing is not None:
+        yield from _routing(facts.routing)
     if facts.conntrack is not None:
         yield from _room(policy, facts.conntrack)
 
@@ -98,6 +101,19 @@ def _helper(helper: Helper) -> Iterator[Issue]:
     elif helper.loaded and not helper.rules:
         message = "the kernel's SIP helper is loaded; no rule gives it anything"
         yield Issue("sip-helper", "note", message, place="nf_conntrack_sip", remedy="rmmod nf_nat_sip nf_conntrack_sip")
+
+
+def _routing(routing: Routing) -> Iterator[Issue]:
+    names = {4: "net.ipv4.ip_forward", 6: "net.ipv6.conf.all.forwarding"}
+    for version in routing.off:
+        message = f"{names[version]} is 0: this edge sends no IPv{version} packet on, whatever the policy says"
+        yield Issue("forwarding-off", "error", message, place=names[version], remedy=f"sysctl {names[version]}=1, and in /etc/sysctl.d/")
+    for name in routing.missing:
+        message = f"there is no interface `{name}`, between which and the other one this edge is to filter"
+        yield Issue("interface-missing", "error", message, place=name, remedy="`ip link` shows the names: set `wan` and `lan` to them")
+    for name in routing.strict:
+        message = f"rp_filter is strict on {name}: packets whose answer would leave by another interface are dropped before any rule"
+        yield Issue("rp-filter", "note", message, place=f"net.ipv4.conf.{name}.rp_filter", remedy="fine with one way out; else set it to 2")
 
 
 def flood(conntrack: Conntrack) -> int:

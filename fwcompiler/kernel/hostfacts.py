@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
@@ -67,6 +67,40 @@ def number(name: str) -> int | None:
         return int((_SYSTEM / name).read_text(encoding="ascii"))
     except (OSError, ValueError):
         return None
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """How a host sends on: in which address families it does not, which of its interfaces are missing, and which look
+    whether the answer would go back by them (rp_filter 1, ip-sysctl)."""
+
+    off: tuple[int, ...] = ()
+    missing: tuple[str, ...] = ()
+    strict: tuple[str, ...] = ()
+
+
+def routing(interfaces: Sequence[str], versions: Sequence[int]) -> Routing:
+    """What keeps packets from being sent on between interfaces, in the families that matter."""
+    switches = {4: "ipv4/ip_forward", 6: "ipv6/conf/all/forwarding"}
+    off = tuple(v for v in versions if number(switches[v]) == 0)
+    missing = tuple(name for name in interfaces if not (_SYSTEM / "ipv4/conf" / name).is_dir())
+    everywhere = number("ipv4/conf/all/rp_filter") or 0
+    # The larger number of the two holds, and 2 is the loose one.
+    strict = tuple(name for name in interfaces if max(everywhere, number(f"ipv4/conf/{name}/rp_filter") or 0) == 1)
+    return Routing(off, missing, strict)
+
+
+def routing_text(found: Routing) -> tuple[str, ...]:
+    """Each in a sentence, the worst first."""
+    names = {4: "net.ipv4.ip_forward", 6: "net.ipv6.conf.all.forwarding"}
+    return (
+        *(f"{names[v]} is 0: this edge sends no IPv{v} packet on" for v in found.off),
+        *(f"there is no interface `{name}`: what passes between wan and lan passes elsewhere, past these rules" for name in found.missing),
+        *(
+            f"rp_filter is strict on {name}: packets whose answer would leave by another interface are dropped unseen"
+            for name in found.strict
+        ),
+    )
 
 
 def local_ports() -> tuple[int, int] | None:

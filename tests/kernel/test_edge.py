@@ -409,3 +409,35 @@ def test_apply_verify_diff_and_remove(lan: Lan, capsys: pytest.CaptureFixture[st
     assert "fwc" not in listing
     with suppress(Exception):
         assert "FWC" not in in_named(lan.names["edge"], "iptables-legacy-save")
+
+
+def test_what_keeps_an_edge_from_its_work_is_told(lan: Lan, capsys: pytest.CaptureFixture[str]) -> None:
+    """Forwarding that is off, a strict rp_filter, and rules of others on the way: `status`, `verify` and `audit` say so."""
+    policy = lan.apply()
+    capsys.readouterr()
+    assert lan.fwc("status") == 0
+    assert "ip_forward" not in capsys.readouterr().out
+    assert lan.fwc("verify", policy) == 0
+    assert "not looked at" not in capsys.readouterr().out
+    edge = lan.names["edge"]
+    if lan.backend != "nftables":
+        in_named(edge, lan.backend, "-A", "FORWARD", "-o", "wan0", "-j", "DROP")
+        assert lan.fwc("verify", policy) == 0
+        assert "not looked at: rules of others that meet what hosts behind" in capsys.readouterr().out
+        in_named(edge, lan.backend, "-D", "FORWARD", "-o", "wan0", "-j", "DROP")
+    in_named(edge, "sysctl", "-qw", "net.ipv4.ip_forward=0", "net.ipv4.conf.wan0.rp_filter=1")
+    in_named(edge, "nft", "add table ip theirs; add chain ip theirs f { type filter hook forward priority 5; policy drop; }")
+    assert lan.fwc("status") == 0
+    notes = capsys.readouterr().out
+    assert "note: net.ipv4.ip_forward is 0: this edge sends no IPv4 packet on" in notes
+    assert "note: rp_filter is strict on wan0" in notes
+    assert "rp_filter is strict on lan0" not in notes
+    assert "note: not looked at: rules of others that meet what hosts behind this edge send" in notes
+    assert lan.fwc("verify", policy) == 1
+    verified = capsys.readouterr().out
+    assert "table ip theirs, chain f: the policy of the chain, drop" in verified
+    assert "not looked at: rules of others that meet what hosts behind this edge send" in verified
+    lan.fwc("audit", policy, "--json")
+    found = {(f["code"], f["severity"]) for f in json.loads(capsys.readouterr().out)["findings"]}
+    assert {("forwarding-off", "error"), ("rp-filter", "note")} <= found
+    assert ("interface-missing", "error") not in found
