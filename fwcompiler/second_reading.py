@@ -263,7 +263,9 @@ def _by_source(parameters: Parameters, version: int) -> Match:
             "hashlimit-htable-max": str(MOST_SOURCES),
             "hashlimit-htable-expire": str(found.keep * 1000),
         }
-        if per and rate.isdigit() and SECONDS[per] * found.rate == SECONDS[found.per] * int(rate) and options == expected:
+        # Not printed where they are the defaults: a burst of 5, and the unit of the rate as the time to keep.
+        usual = {"hashlimit-burst": str(_BURST), "hashlimit-htable-expire": str(SECONDS[per] * 1000 if per else 0)}
+        if per and rate.isdigit() and SECONDS[per] * found.rate == SECONDS[found.per] * int(rate) and {**usual, **options} == expected:
             return found
     return Unknown(f"hashlimit {options}")
 

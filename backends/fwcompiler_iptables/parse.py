@@ -390,7 +390,9 @@ class _Reader:
             "--hashlimit-htable-max": (str(MOST_SOURCES),),
             "--hashlimit-htable-expire": (str(limit.keep * 1000),),
         }
-        if {"--hashlimit-burst": ("5",), **options} != expected or SECONDS[_UNITS[per]] * 1_000_000 // int(rate) != between:
+        # Not printed where they are the defaults: a burst of 5, and the unit of the rate as the time to keep.
+        usual = {"--hashlimit-burst": ("5",), "--hashlimit-htable-expire": (str(SECONDS[_UNITS[per]] * 1000),)}
+        if {**usual, **options} != expected or SECONDS[_UNITS[per]] * 1_000_000 // int(rate) != between:
             raise _NotModelled
         return limit
 
