@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from ipaddress import ip_address, ip_network
 from typing import Literal, cast
 
@@ -122,6 +123,7 @@ def _plain(negated: bool, name: str, value: str, version: int) -> Iterator[Match
             raise ValueError(f"`{name}` is no option")
 
 
+@lru_cache(4096)
 def _network(side: Side, value: str, version: int) -> Match:
     """``a``, ``a/length`` or ``a/mask``."""
     text, _, mask = value.partition("/")

@@ -362,6 +362,8 @@ def _place_faults(table: str, rule: Rule) -> Iterator[str]:
         yield "iptables cannot drop in table nat, which sees the first packet of a connection only"
     if table != "filter" and rule.verdict is Final.REJECT:
         yield f"iptables cannot reject in table {table}"
+    if table != "nat" and isinstance(rule.verdict, Translate):
+        yield f"iptables rewrites addresses and ports in table nat only, not in {table}"
     if table != "mangle" and isinstance(rule.verdict, SetDscp):
         yield f"iptables marks packets in table mangle only, not in {table}"
     if table != "raw" and isinstance(rule.verdict, Untrack):
@@ -446,9 +448,11 @@ def _match_faults(match: Match) -> Iterator[str]:
             # IFNAMSIZ is 16 with its NUL; a `+` at the end is iptables' wildcard, which the neutral rule does not mean.
             if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.:@+-]{0,14}", name) or name.endswith("+"):
                 yield f"iptables cannot match an interface called `{name}`"
-        case InRanges(_, version, ranges, _):
+        case InRanges(_, version, ranges, negated):
             if any(not 0 <= low <= high <= LAST[version] for low, high in ranges):
                 yield "an address range is outside its family"
+            if negated and ranges == ((0, LAST[version]),):
+                yield "iptables cannot ask for an address outside of all addresses"
         case StateIn(states, _):
             if not states:
                 yield "iptables cannot match an empty list of states"

@@ -141,22 +141,24 @@ def _table(chains: Sequence[Chain], version: int) -> Tables:
 
 
 def placement(ruleset: Ruleset) -> dict[str, list[Chain]]:
-    """The chains of each table. What no base chain leads to is in ``filter``, where it does nothing."""
+    """The chains of each table. What no base chain leads to is in ``filter``, where it does nothing, with what it calls."""
     known = {c.name: c for c in ruleset.chains}
-    placed: dict[str, list[Chain]] = {}
-    found: set[str] = set()
-    for table in BUILT_IN:
-        here = [c for c in ruleset.chains if _home(c) == table]
-        names = {c.name for c in here}
-        for chain in here:
-            called = (r.verdict.chain for r in chain.rules if isinstance(r.verdict, Goto | Jump))
-            new = [known[n] for n in called if n in known and n not in names and _home(known[n]) is None]
-            here += dict.fromkeys(new)
-            names |= {c.name for c in new}
-        placed[table] = here
-        found |= names
-    placed["filter"] += [c for c in ruleset.chains if c.name not in found]
+    placed = {table: _with_called([c for c in ruleset.chains if _home(c) == table], known) for table in BUILT_IN}
+    found = {c.name for chains in placed.values() for c in chains}
+    placed["filter"] = _with_called([*placed["filter"], *(c for c in ruleset.chains if c.name not in found)], known)
     return placed
+
+
+def _with_called(chains: list[Chain], known: Mapping[str, Chain]) -> list[Chain]:
+    """The chains and all that they lead to, as far as no other table is its home."""
+    here = list(chains)
+    names = {c.name for c in here}
+    for chain in here:
+        called = (r.verdict.chain for r in chain.rules if isinstance(r.verdict, Goto | Jump))
+        new = [known[n] for n in called if n in known and n not in names and _home(known[n]) is None]
+        here += dict.fromkeys(new)
+        names |= {c.name for c in new}
+    return here
 
 
 def _home(chain: Chain) -> str | None:

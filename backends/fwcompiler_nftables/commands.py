@@ -21,6 +21,7 @@ from fwcompiler.ruleset import (
     Foreign,
     InRanges,
     InSet,
+    OverLimit,
     PortIn,
     ProtocolIs,
     Rule,
@@ -266,5 +267,5 @@ def _faults(rule: Rule) -> Iterable[str]:
     numbers = {m.number for m in rule.matches if isinstance(m, ProtocolIs) and not m.negated}
     if len(protocols) > 1 or (protocols and numbers - {PROTOCOLS[p] for p in protocols}):
         yield f"ports or types of several protocols in one rule: {', '.join(sorted(protocols | set(map(str, numbers))))}"
-    if len({m.version for m in rule.matches if isinstance(m, InSet | InRanges | Family | TypeIn)}) > 1:
+    if len({m.version for m in rule.matches if isinstance(m, InSet | InRanges | Family | TypeIn | OverLimit)}) > 1:
         yield "both address families in one rule"

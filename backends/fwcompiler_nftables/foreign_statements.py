@@ -12,6 +12,7 @@ from typing import Any
 from fwcompiler.addresses import LAST, Range, Ranges, merged
 from fwcompiler.ruleset import (
     AnyOf,
+    Family,
     Final,
     Goto,
     Jump,
@@ -36,6 +37,16 @@ GO_ON = ("counter", "log", "ct helper", "ct timeout", "ct expectation", "secmark
 _SIDES: dict[str, Side] = {"dnat": "destination", "redirect": "destination", "snat": "source", "masquerade": "source"}
 
 
+def _implied_by_answer(value: Json) -> list[Match]:
+    """What a rule asks by its answer: nft leaves the test of the family out of its listing where ICMP of one family tells it."""
+    match value:
+        case {"type": "tcp reset"}:
+            return [ProtocolIs(6)]
+        case {"type": "icmp" | "icmpv6" as kind}:
+            return [Family(4 if kind == "icmp" else 6)]
+    return []
+
+
 class Statements:
     """Reads statements of rules of one table, and notes what they change that rules test."""
 
@@ -52,8 +63,7 @@ class Statements:
             case "accept" | "drop" | "return":
                 return [], Final(kind)
             case "reject":
-                reset = isinstance(value, dict) and value.get("type") == "tcp reset"
-                return ([ProtocolIs(6)] if reset else []), Final.REJECT
+                return _implied_by_answer(value), Final.REJECT
             case "jump" | "goto":
                 name = self._table.unique(value["target"])
                 return [], Jump(name) if kind == "jump" else Goto(name)

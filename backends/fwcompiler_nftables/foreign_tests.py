@@ -126,8 +126,8 @@ class Tests:
                 return _states(items, operator)
             case {"ct": {"key": "mark"}} if len(items) == 1 and isinstance(items[0], int):
                 return replace(mark("connmark", items[0]), negated=negated)
-            case {"ct": {"key": "status"}} if operator == "in":
-                return _any(tuple((Opaque(f"ct status {w}"),) for w in _words(items)), False)
+            case {"ct": {"key": "status"}} if operator in ("in", "!"):
+                return _any(tuple((Opaque(f"ct status {w}"),) for w in _words(items)), negated)
             case {"fib": {"result": "type", "flags": [flag]}} if flag in ("saddr", "daddr"):
                 return self._fib_type("source" if flag == "saddr" else "destination", items, negated)
             case {"&": [inner, mask]}:

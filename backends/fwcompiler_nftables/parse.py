@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast, get_args
 
 from fwcompiler.addresses import LAST, Range, merged, parse_address
-from fwcompiler.ports import PROTOCOLS
 from fwcompiler.ruleset import (
     MOST_SOURCES,
     STATES,
@@ -47,6 +46,7 @@ from fwcompiler.ruleset import (
     redirected,
     sent_on,
 )
+from fwcompiler_nftables.foreign_values import PROTOCOL_NAMES
 
 Json = Any
 
@@ -263,11 +263,21 @@ def _rule(expressions: list[Json], comment: str) -> Rule:
             except _NotModelled:
                 matches.append(_match_or_unknown(kind, value, expression))
             ended = verdict is not None
-    marked = next((e["mangle"]["key"]["payload"]["protocol"] for e in expressions if "mangle" in e and isinstance(verdict, SetDscp)), "")
-    if marked and not any(isinstance(m, Family) for m in matches):
-        matches.insert(0, Family(4 if marked == "ip" else 6))
+    implied = _implied_family(expressions[-1]) if verdict is not None else None
+    if implied and not any(isinstance(m, Family) for m in matches):
+        matches.insert(0, implied)
     named = isinstance(verdict, Final) and counter == f"{comment}.{verdict.value}"
     return Rule(tuple(matches), verdict, comment if named else f"{comment}?" if comment or counter else "", log)
+
+
+def _implied_family(expression: Json) -> Family | None:
+    """The family that a rule is for by its end alone: nft leaves the test for it out of its listing."""
+    match expression:
+        case {"mangle": {"key": {"payload": {"protocol": "ip" | "ip6" as protocol}}}}:
+            return Family(4 if protocol == "ip" else 6)
+        case {"reject": {"type": "icmp" | "icmpv6" as kind}}:
+            return Family(4 if kind == "icmp" else 6)
+    return None
 
 
 def _log(value: Json) -> str:
@@ -298,7 +308,7 @@ def _verdict(expression: Json) -> Verdict:
     match next(iter(expression.items())):
         case ("accept" | "drop" | "return" as word, _):
             return Final(word)
-        case ("reject", _):
+        case ("reject", {"type": "icmpx" | "icmp" | "icmpv6", "expr": "port-unreachable"}):
             return Final.REJECT
         case ("notrack", _):
             return Untrack()
@@ -353,9 +363,9 @@ def _over_limit(value: Json) -> OverLimit:
 
 def _match(value: Json) -> Match:
     operator, left, right = value["op"], value["left"], value["right"]
-    if operator not in ("==", "!=", "in"):
+    if operator not in ("==", "!=", "in", "!"):
         raise _NotModelled
-    negated = operator == "!="
+    negated = operator in ("!=", "!")
     match left:
         case {"payload": {"protocol": "ip" | "ip6" as family, "field": "saddr" | "daddr" as field}}:
             return _address(4 if family == "ip" else 6, "source" if field == "saddr" else "destination", right, negated)
@@ -373,8 +383,8 @@ def _match(value: Json) -> Match:
             return _states(right, negated)
         case {"fib": {"result": "type", "flags": ["daddr"]}} if right == "local" and not negated:
             return ForHost()
-        case {"ct": {"key": "status"}} if right in ("dnat", "snat") and operator == "in":
-            return Rewritten("destination" if right == "dnat" else "source")
+        case {"ct": {"key": "status"}} if right in ("dnat", "snat") and operator in ("in", "!"):
+            return Rewritten("destination" if right == "dnat" else "source", negated)
     raise _NotModelled
 
 
@@ -439,10 +449,8 @@ def _types(version: int, right: Json) -> TypeIn:
 def _protocol(right: Json) -> int:
     if isinstance(right, int):
         return right
-    if right == "ipv6-icmp":
-        return PROTOCOLS["icmpv6"]
-    if right in PROTOCOLS:
-        return PROTOCOLS[right]
+    if right in PROTOCOL_NAMES:
+        return PROTOCOL_NAMES[right]
     raise _NotModelled
 
 

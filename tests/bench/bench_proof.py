@@ -96,7 +96,7 @@ def _moved(ranges: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
 
 
 def general(count: int, seed: str) -> Figures:
-    """Two rulesets of so many general rules, of which one is turned round: prove or disprove, and describe."""
+    """So many general rules, held against themselves with every third one repeated behind the last, and with one turned round."""
     from fwcompiler.proof.describe import box_text
     from fwcompiler.proof.host import of_host
     from fwcompiler.proof.prove import differ
@@ -106,8 +106,10 @@ def general(count: int, seed: str) -> Figures:
     middle = next(i for i in range(len(rules) // 50, len(rules)) if rules[i].verdict is Final.ACCEPT)
     rules[middle] = replace(rules[middle], verdict=Final.DROP)
     second = Ruleset((Chain("input", tuple(rules), Hook("input")),))
+    (chain,) = first.chains
+    longer = Ruleset((replace(chain, rules=(*chain.rules, *chain.rules[::3])),))
     clock = Clock()
-    assert differ(of_host(first, 4), of_host(first, 4), 4) is None
+    assert differ(of_host(first, 4), of_host(longer, 4), 4) is None
     clock.lap("prove equal")
     found = differ(of_host(first, 4), of_host(second, 4), 4)
     texts = [box_text(found.space, box) for box in found.boxes] if found else []

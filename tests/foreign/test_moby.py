@@ -58,16 +58,15 @@ def pairs() -> list[Pair]:
 
 
 def _pairs() -> Iterator[Pair]:
-    with kernelspace.namespace() as space:
-        for path in sorted(NFT.glob("*.golden")):
-            configuration, _, family = path.stem.rpartition("__")
-            version = 4 if family == "ip" else 6
-            twin = IPTABLES / f"{configuration}__{'iptables' if version == 4 else 'ip6tables'}.golden"
-            yield Pair(configuration, version, corpus.read_dump(twin), _listed(path, space))
+    for path in sorted(NFT.glob("*.golden")):
+        configuration, _, family = path.stem.rpartition("__")
+        version = 4 if family == "ip" else 6
+        twin = IPTABLES / f"{configuration}__{'iptables' if version == 4 else 'ip6tables'}.golden"
+        yield Pair(configuration, version, corpus.read_dump(twin), _listed(path))
 
 
-def _listed(path: Path, space: kernelspace.Space) -> Ruleset:
-    ruleset = corpus.read_listing(path, space)
+def _listed(path: Path) -> Ruleset:
+    ruleset = corpus.read_listing(path)
     assert ruleset is not None, f"{path.name} does not load"
     return ruleset
 

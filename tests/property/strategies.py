@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
+from functools import cache
 from typing import Any
 
 import yaml
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from fwcompiler.addresses import BITS, LAST, Addresses, Range, address_text, prefix_text
+from fwcompiler.addresses import BITS, LAST, Addresses, Range, address_text, parse_entry, prefix_text
 from fwcompiler.catalogue import CATALOGUE
 from fwcompiler.diagnostics import Report
 from fwcompiler.policy import validate
@@ -25,29 +26,31 @@ from fwcompiler.source import parse_document
 
 LAW = settings(derandomize=True, deadline=None, database=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 """The same examples every time, in a bounded number."""
+DEAR_LAW = settings(LAW, max_examples=75)
+"""For what compiles two policies or builds diagrams of two rulesets in every example."""
 KERNEL_LAW = settings(LAW, max_examples=6)
 
 HOME = {4: 0x0A000000, 6: 0x20010DB8 << 96}
 """Most addresses are among the 64 after these, so that groups overlap, touch and exclude each other."""
 
 
+@cache
 def values(version: int) -> st.SearchStrategy[int]:
     """Addresses as integers: few that meet often, the ends of the family, and any."""
     near = st.integers(HOME[version], HOME[version] + 63)
     return near | near | st.sampled_from((0, 1, LAST[version] - 1, LAST[version])) | st.integers(0, LAST[version])
 
 
-@st.composite
-def spans(draw: Callable[..., Any], version: int) -> Range:
+@cache
+def spans(version: int) -> st.SearchStrategy[Range]:
     """A range of one family."""
-    low, high = sorted((draw(values(version)), draw(values(version))))
-    return low, high
+    return st.tuples(values(version), values(version)).map(lambda p: (min(p), max(p)))
 
 
-@st.composite
-def address_sets(draw: Callable[..., Any]) -> Addresses:
+@cache
+def address_sets() -> st.SearchStrategy[Addresses]:
     """A set of both families."""
-    return Addresses.of(draw(st.lists(spans(4), max_size=5)), draw(st.lists(spans(6), max_size=5)))
+    return st.builds(Addresses.of, st.lists(spans(4), max_size=5), st.lists(spans(6), max_size=5))
 
 
 @st.composite
@@ -128,6 +131,30 @@ def options(draw: Callable[..., Any], document: dict[str, Any]) -> None:
             service["conntrack"] = "bypass"
         if protocols <= {"tcp", "udp"} and draw(st.integers(0, 3)) == 0:
             service["dscp"] = draw(st.sampled_from(("ef", "cs3", 46)))
+
+
+@st.composite
+def reworded(draw: Callable[..., Any], document: dict[str, Any], *, shorter: bool = False) -> dict[str, Any]:
+    """The policy in another order, its addresses spelled as ranges; where it may be `shorter`, one group may lack a member."""
+
+    def shuffled(parts: dict[str, Any]) -> dict[str, Any]:
+        return {key: parts[key] for key in draw(st.permutations(list(parts)))}
+
+    def spelled(members: list[str]) -> list[str]:
+        return [_as_range(text) if draw(st.booleans()) else text for text in draw(st.permutations(members))]
+
+    groups = dict(document["groups"])
+    less = draw(st.sampled_from(sorted(groups))) if shorter else ""
+    for name, group in groups.items():
+        members = spelled(group["members"] if isinstance(group, dict) else group)
+        members = members[1:] if name == less and len(members) > 1 else members
+        groups[name] = {**group, "members": members} if isinstance(group, dict) else members
+    return shuffled({**document, "groups": shuffled(groups), "services": shuffled(document["services"])})
+
+
+def _as_range(text: str) -> str:
+    entry = parse_entry(text)
+    return "-".join(address_text(entry.version, each) for each in entry.span)
 
 
 def resolved(document: dict[str, Any]) -> Resolved:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from cli.harness import BACKENDS
+from foreign.comparing import differences as ends_apart
+from foreign.comparing import rewritings
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from property.rulesets import VERSIONS, edited, own_rulesets
-from property.strategies import LAW, documents, resolved
+from property.rulesets import VERSIONS, edited, own_rulesets, whole_tables
+from property.strategies import DEAR_LAW, LAW, documents, resolved, reworded
 
 from fwcompiler.kernel import netns, runner
 from fwcompiler.lower import lower
@@ -19,15 +23,16 @@ from fwcompiler.proof.access import compare
 from fwcompiler.proof.describe import box_text
 from fwcompiler.proof.host import of_host
 from fwcompiler.proof.prove import FAMILIES, Box, Difference, differ
+from fwcompiler.proof.space import INTERFACE, STATE, Condition
 from fwcompiler.registry import load
-from fwcompiler.ruleset import InSet, Interface, Jump, Limit, Rule, Ruleset
+from fwcompiler.ruleset import Chain, Final, InSet, Interface, Jump, Limit, OverLimit, Rule, Ruleset, SetDscp
 
 ROUND_TRIPS = settings(LAW, max_examples=60, phases=(Phase.explicit, Phase.generate))
 
 
-def differences(first: Ruleset, second: Ruleset) -> dict[int, Difference]:
+def differences(first: Ruleset, second: Ruleset, within: Sequence[Condition] = ()) -> dict[int, Difference]:
     """Where two rulesets differ at input, by family."""
-    found = {v: differ(of_host(first, v), of_host(second, v), v) for v in FAMILIES}
+    found = {v: differ(of_host(first, v), of_host(second, v), v, within) for v in FAMILIES}
     return {version: each for version, each in found.items() if each}
 
 
@@ -49,32 +54,51 @@ def test_rules_come_back_from_the_kernel_as_they_were(kernel_allowed: bool, name
         return with_contents(backend.parse(listing), ruleset)
 
     @ROUND_TRIPS
-    @given(VERSIONS.flatmap(own_rulesets))
+    @given(VERSIONS.flatmap(lambda v: st.one_of(own_rulesets(v), *[whole_tables(v)] * 3)))
     def law(ruleset: Ruleset) -> None:
-        ruleset = replace(ruleset, chains=tuple(replace(c, rules=tuple(_logging(r) for r in c.rules)) for c in ruleset.chains))
+        ruleset = replace(ruleset, chains=tuple(replace(c, rules=tuple(_fitting(r, c) for r in c.rules)) for c in ruleset.chains))
         if backend.refuse(ruleset):
             tried["refused"] += 1
             return
         tried["loaded"] += 1
         held = through_kernel(ruleset)
         assert held.others == ()
-        found = differences(ruleset, held)
+        found = everywhere(ruleset, held)
         assert not found, (found, ruleset, held)
         again = through_kernel(held)
         assert again == held
         assert make_plan(backend, held, again).in_sync
 
     law()
-    assert tried["loaded"] > 10, tried
+    assert tried["loaded"] > 20, tried
 
 
-def _logging(rule: Rule) -> Rule:
-    """A rule without a verdict logs, and an output interface, which no packet has here, becomes an input interface."""
-    matches = tuple(replace(m, way="in") if isinstance(m, Interface) else m for m in rule.matches)
+def everywhere(first: Ruleset, second: Ruleset) -> list[Any]:
+    """Where two rulesets differ on any way of a packet: its end, its new addresses, its marks."""
+    one, other = (_showing_marks(each) for each in (first, second))
+    ends = [each for version in FAMILIES for hook in ("input", "forward", "output") for each in ends_apart(one, other, version, hook)]
+    return ends + [each for version in FAMILIES for each in rewritings(one, other, version, "postrouting")]
+
+
+def _showing_marks(ruleset: Ruleset) -> Ruleset:
+    """The ruleset with an end in place of each mark: comparisons do not look at what no later rule asks."""
+
+    def shown(rule: Rule) -> Rule:
+        end = Final.REJECT if rule.verdict == SetDscp(46) else Final.DROP
+        return replace(rule, verdict=end) if isinstance(rule.verdict, SetDscp) else rule
+
+    return replace(ruleset, chains=tuple(replace(c, rules=tuple(shown(r) for r in c.rules)) for c in ruleset.chains))
+
+
+def _fitting(rule: Rule, chain: Chain) -> Rule:
+    """A rule without a verdict logs; where only input is asked, an output interface, which no packet has, becomes an input interface."""
+    matches = rule.matches
+    if chain.name.startswith(("input", "early", "chain")):
+        matches = tuple(replace(m, way="in") if isinstance(m, Interface) else m for m in matches)
     return replace(rule, matches=matches, log_prefix="" if rule.verdict else "fwc drop: ")
 
 
-@LAW
+@DEAR_LAW
 @given(VERSIONS, st.data())
 def test_differences_are_none_exactly_where_rules_are_equal(version: int, data: st.DataObject) -> None:
     """A ruleset does not differ from itself, nor from itself with rules behind the last or repeated; seen from the other side a
@@ -114,36 +138,59 @@ def _counts(rule: Rule) -> bool:
     return isinstance(rule.verdict, Jump) or any(isinstance(m, Limit) for m in rule.matches)
 
 
-@LAW
+@DEAR_LAW
 @given(VERSIONS, st.data())
 def test_access_gained_and_lost(version: int, data: st.DataObject) -> None:
     """What one way gains the other way loses, whatever the rules; equal rulesets gain and lose nothing."""
-    first = data.draw(own_rulesets(version).filter(_is_certain))
-    second = data.draw(st.one_of(edited(first), own_rulesets(version)).filter(_is_certain))
+    first = data.draw(own_rulesets(version, certain=True))
+    second = data.draw(st.one_of(edited(first), own_rulesets(version, certain=True)))
 
     forth, back = compare(first, second), compare(second, first)
 
     assert (forth.gained, forth.lost) == (back.lost, back.gained)
     assert not compare(first, first)
-    if not differences(first, second):
-        assert not forth.gained
-        assert not forth.lost
+    if forth.gained or forth.lost:
+        assert differences(first, second)
+
+
+def test_diffs_of_policies_are_empty_exactly_where_new_connections_are_equal() -> None:
+    """What one way gains the other way loses. Nothing is gained or lost exactly where the prover finds no new connection that
+    differs; limits and dynamic members, which access does not tell, may differ beside.
+    """
+    seen = Counter[str]()
+
+    @DEAR_LAW
+    @given(documents(), st.data())
+    def law(one: dict[str, Any], data: st.DataObject) -> None:
+        a, b = (lower(resolved(each)) for each in (one, data.draw(st.one_of(documents(), reworded(one, shorter=True)))))
+        forth, back = compare(a, b), compare(b, a)
+        assert (forth.gained, forth.lost) == (back.lost, back.gained)
+        assert not compare(a, a)
+        proven_equal = not differences(a, b, NEW)
+        if forth.gained or forth.lost:
+            assert not proven_equal
+        elif _is_certain(a) and _is_certain(b):
+            assert proven_equal
+        seen["unequal" if forth else "equal" if proven_equal else "uncertain"] += 1
+
+    law()
+    assert min(seen["equal"], seen["unequal"]) > 10, seen
+
+
+NEW = (Condition(STATE, frozenset(("new",))), Condition(INTERFACE, frozenset(("lo",)), negated=True))
+"""Packets that open a connection from outside."""
 
 
 def _is_certain(ruleset: Ruleset) -> bool:
-    """Limits and dynamic members are told elsewhere."""
     matches = [m for c in ruleset.chains for r in c.rules for m in r.matches]
-    return not any(isinstance(m, Limit) or (isinstance(m, InSet) and "dynamic" in m.set) for m in matches)
+    return not any(isinstance(m, Limit | OverLimit) or (isinstance(m, InSet) and "dynamic" in m.set) for m in matches)
 
 
-@LAW
-@given(documents(), documents())
-def test_diffs_of_policies_are_empty_where_the_proof_says_equal(one: dict[str, Any], other: dict[str, Any]) -> None:
-    """Two policies that are proven equal gain and lose nothing; where new connections gain or lose, the proof knows a difference."""
-    a, b = lower(resolved(one)), lower(resolved(other))
-    change = compare(a, b)
+@DEAR_LAW
+@given(documents(), st.data())
+def test_other_words_change_nothing(one: dict[str, Any], data: st.DataObject) -> None:
+    """A policy in another order, with its addresses spelled otherwise, is the same for all packets: there is no difference to tell."""
+    a, b = (lower(resolved(each)) for each in (one, data.draw(reworded(one))))
 
-    if change.gained or change.lost:
-        assert differences(a, b)
-    if not differences(a, b):
-        assert (change.gained, change.lost) == ((), ())
+    assert not compare(a, b)
+    assert differences(a, b) == {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from fwcompiler_iptables.foreign import read_save
 from fwcompiler_nftables.foreign import read_nft
 
 from fwcompiler.foreign import FRAGMENT
-from fwcompiler.ruleset import AnyOf, Match, Opaque, ProtocolIs, Rule, Translate
+from fwcompiler.ruleset import AnyOf, Family, Match, Opaque, ProtocolIs, Rule, Translate
 
 
 def iptables_rule(text: str, table: str = "filter", chain: str = "INPUT", version: int = 4) -> Rule:
@@ -106,3 +107,22 @@ def test_what_a_rule_changes_is_stateful_by_its_common_name() -> None:
     (test,) = read_save(text, 6).chain("mangle/INPUT").rules[0].matches
 
     assert test == Opaque("hoplimit > 3", stateful=True)
+
+
+@pytest.mark.parametrize(("answer", "implied"), [("icmp", Family(4)), ("icmpv6", Family(6)), ("tcp reset", ProtocolIs(6))])
+def test_an_answer_tells_whom_it_is_for(answer: str, implied: Match) -> None:
+    """nft lists `meta nfproto ipv6 reject` as `reject with icmpv6 …`, without the test, though IPv4 packets go on."""
+    rule = nft_rule({"reject": {"type": answer, "expr": "port-unreachable"}})
+
+    assert rule.matches == (implied,)
+    assert nft_rule({"reject": {"type": "icmpx", "expr": "port-unreachable"}}).matches == ()
+
+
+def test_a_bit_that_is_not_set() -> None:
+    """`ct status ! dnat` is the negation of `ct status dnat`, as `! --ctstate DNAT` is in iptables."""
+    left = {"ct": {"key": "status"}}
+    (with_bit,) = nft_rule(match(left, "dnat", "in"), {"accept": None}).matches
+    (without,) = nft_rule(match(left, "dnat", "!"), {"accept": None}).matches
+
+    assert isinstance(with_bit, Opaque)
+    assert without == replace(with_bit, negated=True)

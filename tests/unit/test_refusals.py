@@ -4,8 +4,25 @@ from __future__ import annotations
 
 import pytest
 
+from fwcompiler.addresses import LAST
 from fwcompiler.registry import load
-from fwcompiler.ruleset import Chain, Final, Goto, Hook, InRanges, Jump, PortIn, ProtocolIs, Rule, Ruleset, TypeIn, Verdict
+from fwcompiler.ruleset import (
+    Chain,
+    Family,
+    Final,
+    Goto,
+    Hook,
+    InRanges,
+    Jump,
+    PortIn,
+    ProtocolIs,
+    Rule,
+    Ruleset,
+    TypeIn,
+    Verdict,
+    redirected,
+    sent_on,
+)
 
 TCP, UDP = PortIn("destination", "tcp", (22, 22)), PortIn("destination", "udp", (22, 22))
 
@@ -62,3 +79,26 @@ def test_nftables_refuses_what_nft_would(matches: tuple[PortIn | TypeIn | Protoc
     (finding,) = load("nftables").refuse(closed(Rule(matches, Final.ACCEPT)))
 
     assert finding.message.startswith("nftables cannot express")
+
+
+def test_chains_that_nothing_leads_to_find_what_they_call() -> None:
+    """A chain that is called from table raw, and by one that nobody calls, exists in both tables."""
+    early = Chain("early", (Rule((), Jump("called")),), Hook("prerouting", -300, "accept"))
+    ruleset = Ruleset((early, Chain("called", ()), Chain("dead", (Rule((TCP,), Jump("called")),))))
+
+    texts = load("iptables-nft").render(ruleset).files
+    filters = [text.partition("*filter")[2] for text in texts.values() if "FWC-dead" in text]
+
+    assert len(filters) == 2
+    assert all(":FWC-called " in text and "-j FWC-called" in text for text in filters)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [Rule((TCP,), redirected(22)), Rule((Family(4), TCP), sent_on(1)), Rule((InRanges("source", 4, ((0, LAST[4]),), True),), Final.ACCEPT)],
+)
+def test_iptables_refuses_what_its_kernel_part_would(rule: Rule) -> None:
+    """Addresses are rewritten in table nat only, and nothing lies outside of all addresses: the kernel says `Invalid argument`."""
+    (finding,) = load("iptables-legacy").refuse(closed(rule))
+
+    assert "in table nat only" in finding.message or "all addresses" in finding.message
