@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import lru_cache
 
 from fwcompiler.addresses import MANY, Merged, Range, Ranges, merged
 
 
+@lru_cache(maxsize=4)
 def difference(before: Ranges, after: Ranges) -> tuple[Ranges, Ranges]:
     """The ranges that only `before` has, and those that only `after` has, as they stand; nothing is cut or joined.
 
-    Beginning and end are passed over while they are the same, in large sets mostly all there is.
+    Beginning and end are passed over while they are the same, in large sets mostly all there is. The plan asks, and then
+    who words what it means.
     """
     start = end = 0
     if isinstance(before, Merged) and isinstance(after, Merged) and max(len(before), len(after)) > MANY:

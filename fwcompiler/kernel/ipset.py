@@ -138,7 +138,8 @@ def elements(version: int, ranges: Iterable[Range]) -> list[Element]:
 def _content(version: int, stored: Iterable[Element], holes: Sequence[Element]) -> Ranges:
     """What prefixes cover. `holes` are ``nomatch`` entries, which somebody else must have made: the longest prefix wins."""
     if not holes:
-        return merged(_span(version, e) for e in stored)
+        behind = [(1 << (BITS[version] - length)) - 1 for length in range(BITS[version] + 1)]
+        return merged([(network, network + behind[length]) for network, length in stored])
     content: Ranges = ()
     kinds = [(e[1], e, True) for e in stored] + [(e[1], e, False) for e in holes]
     for _, element, inside in sorted(kinds):
