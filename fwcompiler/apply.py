@@ -164,7 +164,7 @@ def _refuse_stale(plan: Plan, host: Host) -> None:
     """
     if plan.seen is not None and plan.seen == runner.generation_id():
         return
-    if observe(host) != plan.live:
+    if observe(host, plan.live.contents()) != plan.live:
         hint = "`fwc status` shows what differs; run it again"
         raise Stale("somebody changed the rules of fwc since this was planned; nothing was changed", hint=hint)
 
@@ -207,7 +207,7 @@ def _verify(proven: Proven | None, plan: Plan, host: Host) -> Ruleset:
     Without a policy to prove them against, they are only compared with what was sent.
     """
     try:
-        after = observe(host, {s.name: s.ranges for s in plan.wanted.sets})
+        after = observe(host, plan.wanted.contents())
         if not make_plan(host.backend, after, plan.wanted).in_sync:
             raise RolledBack("the kernel lists other rules than were sent")
         wrong = proven.disproof(after) if proven else ()
@@ -225,7 +225,7 @@ def _verify(proven: Proven | None, plan: Plan, host: Host) -> Ruleset:
 def _return(plan: Plan, host: Host) -> None:
     """Go back to what was there before a commit, also where the kernel cannot be read at present."""
     try:
-        now = observe(host, {s.name: s.ranges for s in plan.wanted.sets})
+        now = observe(host, plan.wanted.contents())
     except HostRefused:
         now = replace(plan.wanted, others=("set unlisted",))
     try:

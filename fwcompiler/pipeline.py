@@ -52,11 +52,15 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Host:
-    """Where a command acts: through which backend, in which namespace, with which memory."""
+    """Where a command acts: through which backend, in which namespace, with which memory.
+
+    ``full``: what the memory holds of large sets is not taken for what the kernel holds; they are read whole.
+    """
 
     backend: Backend
     namespace: netns.Namespace
     state: StateDir
+    full: bool = False
 
 
 @dataclass(frozen=True)
@@ -199,8 +203,8 @@ def disproof(compiled: Compiled, ruleset: Ruleset) -> tuple[CounterExample, ...]
 def observe(host: Host, known: Mapping[str, Ranges] | None = None) -> Ruleset:
     """What the kernel holds of ours, set contents and dynamic members included.
 
-    ``known``: contents of big sets as last applied, trusted where samples agree with the kernel; by default those
-    of the current generation.
+    ``known``: contents of big sets as last applied, trusted where their size and samples agree with the kernel; by default
+    those of the current generation, none where the host is to be read in full.
 
     Raises:
         HostRefused: a program is missing, or this user may not ask.
@@ -208,7 +212,8 @@ def observe(host: Host, known: Mapping[str, Ranges] | None = None) -> Ruleset:
     backend = host.backend
     runner.require(backend.programs)
     netns.require_host()
-    known = remembered(host) if known is None else known
+    if known is None:
+        known = {} if host.full else remembered(host)
     big = any(len(ranges) > kernel.READ_WHOLE for ranges in known.values())
     with host.namespace.entered():
         listed = backend.parse(runner.outputs(backend.listing(big=big)))

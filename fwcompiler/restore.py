@@ -119,7 +119,7 @@ def load_rules(host: Host, wanted: Ruleset) -> None:
         HostRefused: the kernel refuses, or lists something else afterwards.
     """
     backend = host.backend
-    contents = {s.name: s.ranges for s in wanted.sets if not s.dynamic}
+    contents = wanted.contents()
     live = observe(host, contents)
     wanted = keeping_members(live, wanted)
     steps = backend.update(live, wanted, set_changes(live, wanted)) if live else backend.load(wanted)

@@ -415,6 +415,10 @@ class Ruleset:
                 return chain
         raise KeyError(name)
 
+    def contents(self) -> dict[str, Ranges]:
+        """The contents of its static sets, by name."""
+        return {s.name: s.ranges for s in self.sets if not s.dynamic}
+
     def limits(self) -> dict[str, OverLimit]:
         """The limits by source that its rules ask, by the names under which the kernel counts."""
         matches = (m for c in self.chains for r in c.rules for m in r.matches)

@@ -179,7 +179,7 @@ class StateDir:
                 write(pending / "rendered" / name, text)
             write(pending / "listing.json", json.dumps(list(record.listing)))
             write(pending / "lists.json", json.dumps(dict(record.lists)))
-            contents = {s.name: packed(s.ranges) for s in record.ruleset.sets if not s.dynamic}
+            contents = {name: packed(ranges) for name, ranges in record.ruleset.contents().items()}
             write(pending / "sets.json", json.dumps(contents, separators=(",", ":")))
             generation = self._describe(record)
             write(pending / "changes.json", json.dumps(list(record.note.changes)))

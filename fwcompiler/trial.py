@@ -149,7 +149,7 @@ def _found(host: Host, backend: Backend) -> Found:
         for s in live.sets
         if s.dynamic
     }
-    return Found(backend.name, listing, {s.name: s.ranges for s in live.sets if not s.dynamic}, members)
+    return Found(backend.name, listing, live.contents(), members)
 
 
 def rules_of(found: Found, standing: Sequence[Event]) -> Ruleset:
@@ -251,7 +251,7 @@ def _recover(host: Host) -> None:
         generation = state.generation("pending")
         backend = load(generation.backend)
         wanted = recorded(backend, state, "pending")
-        live = observe(replace(host, backend=backend), {s.name: s.ranges for s in wanted.sets})
+        live = observe(replace(host, backend=backend), wanted.contents())
         if not generation.trial and make_plan(backend, live, wanted).in_sync:
             state.commit(pending)
             return

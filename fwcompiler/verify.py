@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from fwcompiler.backend import Backend
@@ -45,13 +45,13 @@ class Verified:
         return not self.problems and not self.counter_examples and not self.foreign
 
 
-def verify_live(compiled: Compiled, host: Host, *, full: bool = False) -> Verified:
-    """Prove that what the kernel holds means what the policy says. ``full``: every set is read whole, whatever its size."""
-    live = observe(host, {} if full else None)
+def verify_live(compiled: Compiled, host: Host) -> Verified:
+    """Prove that what the kernel holds means what the policy says. Ipsets are always read in full, since that is soon done."""
+    full = host.full or host.backend.set_kind != "nft"
+    live = observe(replace(host, full=full))
     if not live:
         return Verified((host.backend.name,), (f"{host.backend.name}: nothing of fwc is loaded",))
-    big = host.backend.set_kind == "nft" and not full
-    sampled = tuple(s.name for s in live.sets if big and len(s.ranges) > READ_WHOLE)
+    sampled = tuple(s.name for s in live.sets if not full and len(s.ranges) > READ_WHOLE)
     whole = read_host(host, live)
     problems = _strange(live, compiled.ruleset)
     found: list[tuple[Meddling, str]] = []

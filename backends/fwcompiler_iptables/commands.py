@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from fwcompiler.addresses import Ranges, merged, prefixes, subtract
+from fwcompiler.addresses import Ranges, merged, prefix_count, subtract
 from fwcompiler.backend import Command, Do, Fill, Rendered, Saved, SetChange, SetKind, Step
 from fwcompiler.diagnostics import Finding
 from fwcompiler.ruleset import AddressSet, InSet, Rule, Ruleset
@@ -289,7 +289,7 @@ def _shape(each: AddressSet) -> tuple[int, int | None, int | None]:
 
 def _is_one(change: SetChange) -> bool:
     """One prefix more or less: the kernel does it in one go (a part of a prefix is replaced by its rest first)."""
-    return sum(1 for _ in prefixes(change.set.version, (*change.add, *change.remove))) == 1
+    return prefix_count(change.set.version, (*change.add, *change.remove)) == 1
 
 
 def _destroy(kernel: str) -> Command:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product
 
-from fwcompiler.addresses import BITS, LAST, Range, address_text, prefix_text, prefixes
+from fwcompiler.addresses import BITS, LAST, Range, address_text, prefix_count, prefix_text, prefixes
 from fwcompiler.diagnostics import Finding, Position
 from fwcompiler.ports import port_text
 from fwcompiler.ruleset import (
@@ -299,8 +299,8 @@ def create_words(each: AddressSet, kernel: str) -> tuple[str, ...]:
         size = 65536 if each.size is None else each.size
         kind = ("hash:ip", "family", family, "hashsize", str(_hashsize(min(size, 65536))))
         return ("create", kernel, *kind, "maxelem", str(size), "timeout", str(each.timeout))
-    entries = sum(1 for _ in prefixes(each.version, each.ranges))
-    return ("create", kernel, "hash:net", "family", family, "hashsize", str(_hashsize(entries)), "maxelem", str(MAXELEM))
+    buckets = _hashsize(prefix_count(each.version, each.ranges))
+    return ("create", kernel, "hash:net", "family", family, "hashsize", str(buckets), "maxelem", str(MAXELEM))
 
 
 def _hashsize(entries: int) -> int:

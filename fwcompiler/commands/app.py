@@ -79,6 +79,7 @@ def common(
     context.obj = Options(backend, host, netns, state_dir, as_json, quiet, verbose, color)
 
 
+Full = Annotated[bool, typer.Option("--full", help="Read every set whole, whatever its size.")]
 NoProof = Annotated[bool, typer.Option("--no-proof", help="Leave the proof out; said loudly and recorded.")]
 
 
@@ -149,14 +150,14 @@ def chosen_backend(options: Options) -> Backend:
 
 
 @contextmanager
-def chosen_host(options: Options) -> Iterator[Host]:
+def chosen_host(options: Options, *, full: bool = False) -> Iterator[Host]:
     """Where the options say that a command acts."""
     from fwcompiler.choose import choose_backend
     from fwcompiler.pipeline import Host
 
     with target_namespace(options) as namespace:
         state = state_dir(options)
-        yield Host(choose_backend(options.backend, namespace, state), namespace, state)
+        yield Host(choose_backend(options.backend, namespace, state), namespace, state, full)
 
 
 @contextmanager

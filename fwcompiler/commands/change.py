@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fwcompiler.commands.app import (
+    Full,
     NoProof,
     Options,
     PolicyFile,
@@ -50,6 +51,7 @@ def diff(
             "`iptables-save`, whoever wrote the rules. May be said again where a host's listing is in several files."
         ),
     ] = ["live"],  # noqa: B006 - typer reads it as the default and copies it
+    full: Full = False,
     no_proof: NoProof = False,
 ) -> int:
     """Show what an apply would change: access gained and lost, then the kernel changes."""
@@ -57,7 +59,7 @@ def diff(
 
     options: Options = context.obj
     compiled = compiled_policy(policy, options)
-    with chosen_host(options) as host:
+    with chosen_host(options, full=full) as host:
         proof = proof_wanted(no_proof)
         planned = plan(compiled, host, proof=proof)[0] if against == ["live"] else _compared(compiled, host, against, proof=proof)
         if against == ["live"] and not planned.in_sync:
@@ -138,6 +140,7 @@ def apply(
     wait: Wait = None,
     reason: Reason = "",
     allow_lockout: Lockout = False,
+    full: Full = False,
     no_proof: NoProof = False,
 ) -> int:
     """Put a policy into force: check, try, show the difference, commit in one transaction, read back."""
@@ -149,7 +152,7 @@ def apply(
     compiled = compiled_policy(policy, options)
     proof = proof_wanted(no_proof)
     seconds = trial_time(confirm)
-    with chosen_host(options) as host:
+    with chosen_host(options, full=full) as host:
         if dry_run:
             planned, _ = plan(compiled, host, proof=proof)
             if not planned.in_sync:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fwcompiler.commands.app import Options, PolicyFile, app, chosen_backend, chosen_host, compiled_policy, print_json
+from fwcompiler.commands.app import Full, Options, PolicyFile, app, chosen_backend, chosen_host, compiled_policy, print_json
 from fwcompiler.diagnostics import EXIT_DIFFERS, EXIT_OK, Finding, UsageError, format_findings
 
 if TYPE_CHECKING:
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 @app.command()
-def status(context: typer.Context) -> int:
+def status(context: typer.Context, full: Full = False) -> int:
     """Tell whether the host still holds what was applied, and what passed through it."""
     from fwcompiler.status import read_status, status_text
 
     options: Options = context.obj
-    with chosen_host(options) as host:
+    with chosen_host(options, full=full) as host:
         found = read_status(host)
     if options.json:
         print_json(found)
@@ -81,11 +81,7 @@ def explain(
 
 
 @app.command()
-def verify(
-    context: typer.Context,
-    policy: PolicyFile,
-    full: Annotated[bool, typer.Option("--full", help="Read every set whole, whatever its size.")] = False,
-) -> int:
+def verify(context: typer.Context, policy: PolicyFile, full: Full = False) -> int:
     """Prove that the live rules mean what the policy says, and that nobody else's rules change it.
 
     With `--backend all`: prove that all backends would load the same.
@@ -98,8 +94,8 @@ def verify(
     if options.backend == "all":
         verified = verify_backends(compiled)
     else:
-        with chosen_host(options) as host:
-            verified = verify_live(compiled, host, full=full)
+        with chosen_host(options, full=full) as host:
+            verified = verify_live(compiled, host)
     if options.json:
         print_json(verify_json(verified))
     elif not options.quiet or not verified.equal:

@@ -17,7 +17,7 @@ from contextlib import suppress
 from itertools import islice
 from types import TracebackType
 
-from fwcompiler.addresses import BITS, Range, Ranges, merged, prefixes, subtract
+from fwcompiler.addresses import BITS, LAST, Range, Ranges, merged, prefix_count, prefixes, subtract
 from fwcompiler.diagnostics import HostRefused
 
 Element = tuple[int, int]
@@ -27,17 +27,22 @@ _NETLINK_NETFILTER = 12
 _SUBSYSTEM = 6 << 8  # NFNL_SUBSYS_IPSET
 _LIST, _ADD, _DEL, _TEST = 7, 9, 10, 11
 _SO_SNDBUFFORCE = 32
-_REQUEST, _ACK = 1, 4
+_REQUEST, _ACK, _EXCL = 1, 4, 0x200
 _ERROR, _DONE = 2, 3
-_NESTED, _TYPE_MASK = 0x8000, 0x3FFF
+_NESTED, _NETWORK_ORDER, _TYPE_MASK = 0x8000, 0x4000, 0x3FFF  # NLA_F_NESTED, NLA_F_NET_BYTEORDER
 _PROTOCOL = 6
 """Every kernel since 2.6.39 takes protocol 6: newer ones speak 7 and accept 6 (ip_set_core.c, ``protocol_min_failed``)."""
 
-_A_PROTOCOL, _A_SETNAME, _A_DATA, _A_ADT, _A_LINENO = 1, 2, 7, 8, 9
+_A_PROTOCOL, _A_SETNAME, _A_HEADER_FLAGS, _A_DATA, _A_ADT, _A_LINENO = 1, 2, 6, 7, 8, 9
 _A_IP, _A_CIDR, _A_TIMEOUT, _A_FLAGS = 1, 3, 6, 8
+_A_ENTRIES = 24  # IPSET_ATTR_ELEMENTS
 _FLAG_NOMATCH = 1 << 2  # IPSET_FLAG_NOMATCH among the CADT flags
+_FLAG_LIST_HEADER = 1 << 2  # IPSET_FLAG_LIST_HEADER among the command's: what `ipset list -t` asks for
 _ADT_ROOM = 65535 - 4
 """The length of an attribute is a u16 and counts its own header."""
+
+FEW = 256
+"""Addresses that are looked up one by one instead of reading a set: 4 ms, where 100,000 entries take 40."""
 
 _NOT_THERE = 4103  # IPSET_ERR_EXIST: for a test, the element is not in the set
 _ERRORS = {
@@ -66,6 +71,8 @@ def change(name: str, version: int, add: Ranges = (), remove: Ranges = ()) -> No
     with _Session(name, version) as session:
         if not remove:
             session.send(_ADD, elements(version, add))
+            return
+        if _is_small(remove) and session.exchange(elements(version, add), elements(version, remove), subtract(remove, add)):
             return
         stored, holes = session.stored()
         if not holes:
@@ -123,8 +130,24 @@ def lookup(name: str, version: int, address: int) -> bool:
     Raises:
         HostRefused: no such set, wrong family.
     """
+    return lookups(name, version, (address,))[0]
+
+
+def lookups(name: str, version: int, addresses: Iterable[int]) -> list[bool]:
+    """:func:`lookup` for each of several addresses."""
     with _Session(name, version) as session:
-        return session.holds(address)
+        return [session.holds(address) for address in addresses]
+
+
+def holds_as_many(name: str, version: int, ranges: Ranges) -> bool:
+    """True when a set has as many entries as `ranges` are cut into: fewer would not do for these addresses.
+
+    Raises:
+        HostRefused: no such set.
+    """
+    with _Session(name, version) as session:
+        whole = ranges == ((0, LAST[version]),)
+        return session.entries() == (2 if whole else prefix_count(version, ranges))
 
 
 def elements(version: int, ranges: Iterable[Range]) -> list[Element]:
@@ -146,6 +169,11 @@ def _content(version: int, stored: Iterable[Element], holes: Sequence[Element]) 
         spans = (_span(version, element),)
         content = merged(content + spans) if inside else subtract(content, spans)
     return content
+
+
+def _is_small(ranges: Ranges) -> bool:
+    """So few addresses that asking about each of them takes less time than reading a large set."""
+    return sum(high - low + 1 for low, high in ranges) <= FEW
 
 
 def _near(version: int, stored: Sequence[Element], changed: Ranges) -> list[Element]:
@@ -183,7 +211,18 @@ class _Session:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.socket.close()
 
-    def send(self, command: int, what: Sequence[Element], timeouts: Sequence[int] | None = None) -> None:
+    def exchange(self, add: Sequence[Element], remove: Sequence[Element], gone: Ranges) -> bool:
+        """Take out whole prefixes and put others in, without reading the set. False where that did not do: one was stored in
+        another form, or an entry around or inside of them still holds an address that should be `gone`.
+        """
+        self.send(_ADD, add)
+        try:
+            self.send(_DEL, [e for e in remove if e not in add], flags=_EXCL)
+        except _NotThere:
+            return False
+        return not any(self.holds(address) for low, high in gone for address in range(low, high + 1))
+
+    def send(self, command: int, what: Sequence[Element], timeouts: Sequence[int] | None = None, *, flags: int = 0) -> None:
         """Add or delete elements, as many in a message as fit; each message is acknowledged before the next goes out.
 
         Without ``NLM_F_EXCL`` an element that is there already (or already gone) is no error, as with ``ipset -exist``.
@@ -193,7 +232,7 @@ class _Session:
             part = timeouts[start : start + size] if timeouts is not None else None
             body = _encode(self.version, what[start : start + size], part)
             # ip_set_ad takes ADT only together with a line number, which it would give back in an error.
-            self._request(command, _attribute(_A_LINENO, struct.pack("=I", 0)) + _attribute(_A_ADT | _NESTED, body), _ACK)
+            self._request(command, _attribute(_A_LINENO, struct.pack("=I", 0)) + _attribute(_A_ADT | _NESTED, body), _ACK | flags)
             for _ in self._replies():
                 pass
 
@@ -207,6 +246,12 @@ class _Session:
         except _NotThere:
             return False
         return True
+
+    def entries(self) -> int:
+        """How many elements the set has, from its head."""
+        self._request(_LIST, _attribute(_A_HEADER_FLAGS | _NETWORK_ORDER, struct.pack(">I", _FLAG_LIST_HEADER)), 0)
+        heads = [body for message in self._replies() for kind, body in _attributes(message[4:]) if kind == _A_DATA]
+        return sum(int.from_bytes(value, "big") for head in heads for kind, value in _attributes(head) if kind == _A_ENTRIES)
 
     def stored(self) -> tuple[list[Element], list[Element]]:
         """Prefixes as stored: those that match, and those entered as ``nomatch``."""
@@ -308,10 +353,10 @@ def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
 def _template(version: int, timeouts: bool) -> tuple[bytes, int, int, int]:
     """One empty element, and where in it address, prefix length and timeout stand."""
     octets = BITS[version] // 8
-    address = _attribute((1 if version == 4 else 2) | 0x4000, bytes(octets))  # NLA_F_NET_BYTEORDER
+    address = _attribute((1 if version == 4 else 2) | _NETWORK_ORDER, bytes(octets))
     data = _attribute(_A_IP | _NESTED, address) + _attribute(_A_CIDR, b"\0")
     if timeouts:
-        data += _attribute(_A_TIMEOUT | 0x4000, bytes(4))
+        data += _attribute(_A_TIMEOUT | _NETWORK_ORDER, bytes(4))
     return _attribute(_A_DATA | _NESTED, data), 12, 12 + octets + 4, 12 + octets + 12
 
 

@@ -30,6 +30,7 @@ __all__ = [
     "change_many",
     "delta",
     "generation",
+    "holds_as_many",
     "lookup",
     "lookups",
     "members",
@@ -51,7 +52,7 @@ _INET = 1  # NFPROTO_INET
 _NEWSETELEM, _GETSETELEM, _DELSETELEM = 12, 13, 14
 _GETSET, _GETGEN = 10, 16
 _LIST_TABLE, _LIST_SET, _LIST_ELEMENTS = 1, 2, 3  # enum nft_set_elem_list_attributes
-_SET_TABLE, _SET_NAME = 1, 2  # enum nft_set_attributes
+_SET_TABLE, _SET_NAME, _SET_COUNT = 1, 2, 20  # enum nft_set_attributes; the last since Linux 6.17
 _GEN_ID = 1  # enum nft_gen_attributes
 
 _TRIES = 10  # transactions of others that may come in between
@@ -153,6 +154,27 @@ def _holds(channel: Channel, where: _Set, address: int) -> bool:
             return False
         raise _explain(error, where, "read") from error
     return True
+
+
+def holds_as_many(name: str, version: int, ranges: Ranges, *, table: str = TABLE) -> bool:
+    """False when an interval set is known to have more or fewer intervals than `ranges`; older kernels do not tell how many it has.
+
+    Half of its elements are counted, and an interval up to the last address has no end that would be one.
+    """
+    where = _Set(name, version, table)
+    with Channel() as channel:
+        try:
+            answers = channel.ask(_kind(_GETSET), _INET, netlink.string(_SET_TABLE, table), netlink.string(_SET_NAME, name))
+        except NetlinkError as error:
+            raise _explain(error, where, "read") from error
+    found = [
+        int(struct.unpack_from(">I", data, start)[0])
+        for data in answers
+        for kind, start, _ in netlink.attributes(data, netlink.HEADER)
+        if kind == _SET_COUNT
+    ]
+    unended = bool(ranges) and ranges[-1][1] == LAST[version]
+    return all(count in range(len(ranges) - unended, len(ranges) + 1) for count in found)
 
 
 def members(name: str, version: int, *, table: str = TABLE) -> tuple[Member, ...]:

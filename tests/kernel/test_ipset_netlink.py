@@ -99,6 +99,18 @@ def test_part_of_a_prefix() -> None:
     assert run("save", "part").count("\nadd ") == 8
 
 
+@pytest.mark.parametrize("other", ["10.0.0.0/16", "10.0.0.40", "10.0.0.0/25", "10.0.0.128/25"])
+def test_prefix_beside_others_by_hand(other: str) -> None:
+    """A /24 that is taken out is out, also where somebody had put in a network around it or a part of it."""
+    create("nested", 4)
+    run("add", "nested", "10.0.0.0/24")
+    run("add", "nested", other)
+    whole = ipset.read("nested")
+    ipset.change("nested", 4, ((0x0B000000, 0x0B000001),), ((0x0A000000, 0x0A0000FF),))
+
+    assert ipset.read("nested") == (*subtract(whole, ((0x0A000000, 0x0A0000FF),)), (0x0B000000, 0x0B000001))
+
+
 def test_absent_and_present() -> None:
     """Adding what is there and removing what is not is no error: the content is what was asked for."""
     create("twice", 4)
