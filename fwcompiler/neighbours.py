@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, cast
 
+from fwcompiler import firewalls
 from fwcompiler.backend import Saved
 from fwcompiler.foreign import at_present, together
 from fwcompiler.kernel import everyone, routes
@@ -15,12 +16,13 @@ from fwcompiler.proof.arrive import World, arrivals
 from fwcompiler.proof.ask import Answer, Candidate, ask
 from fwcompiler.proof.conditions import ordered, outs
 from fwcompiler.proof.describe import box_text, example, rule_text
+from fwcompiler.proof.diagram import StepsExceeded
 from fwcompiler.proof.fields import Packet
 from fwcompiler.proof.host import THROUGH
 from fwcompiler.proof.prove import FAMILIES, differ
 from fwcompiler.proof.space import FIRST_ATOM, SOURCE, Space
 from fwcompiler.registry import load
-from fwcompiler.ruleset import Goto, Jump, Ruleset
+from fwcompiler.ruleset import AHEAD, Goto, Jump, Ruleset
 
 TABLE, PREFIX = "inet fwc", "FWC-"
 """What is ours, by its name in nftables and by the first letters of chains in iptables."""
@@ -58,12 +60,16 @@ class Meddling:
 
 @dataclass(frozen=True)
 class WholeHost:
-    """Everybody's rules as they are now. `unread`: what of them could not be looked at. `ours`: without anybody else's."""
+    """Everybody's rules as they are now. `unread`: what of them could not be looked at. `ours`: without anybody else's.
+
+    `beside`: other firewalls by name, and rules that our programs do not show, in words.
+    """
 
     ours: Ruleset
     rules: Ruleset
     world: World
     unread: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
     texts: Mapping[tuple[str, int], tuple[str, str]] = field(default_factory=dict)
     """By file and line of a rule's origin: where it stands, and its text as its program prints it."""
 
@@ -131,10 +137,26 @@ def read_host(host: Host, ours: Ruleset) -> WholeHost:
             continue
         theirs = at_present(theirs, but=frozenset(s.name for s in ours.sets) if mine else frozenset())
         rules = together(rules, theirs, f"{backend}:")
-        unread += [f"{backend}: {what}" for what in theirs.others]
+        unread += [f"{backend}: {what}" for what in theirs.others if not what.startswith(AHEAD)]
     if not nftables and not any(c in rules.chains for c in ours.chains):
         rules = together(ours, rules)
-    return WholeHost(ours, rules, World(own, Router(host)), tuple(unread), texts)
+    named = (*firewalls.named(found.nft, found.iptables), *firewalls.beside(host.backend.name, found.nft, found.iptables, PREFIX))
+    return WholeHost(ours, rules, World(own, Router(host)), tuple(unread), named, texts)
+
+
+def notes(host: Host, ours: Ruleset) -> Iterator[str]:
+    """What others have to do with what becomes of packets here: other firewalls, the rules that decide before or after ours, and what
+    could not be looked at. Nothing where nothing of ours is loaded: then there is nothing that could be changed.
+    """
+    if not ours:
+        return
+    whole = read_host(host, ours)
+    yield from whole.beside
+    try:
+        yield from map(str, meddling(whole))
+    except StepsExceeded:
+        yield "rules of others are loaded, more than can be decided"
+    yield from (f"not looked at: {what}" for what in whole.unread)
 
 
 @dataclass(frozen=True)
@@ -233,7 +255,7 @@ def decider(host: WholeHost, packet: Packet, verdict: str) -> str:
 
 def deciding(host: WholeHost, answer: Answer, verdict: str) -> Candidate | None:
     """The candidate that an end comes from: the first certain one, else the first that may; a new destination before all."""
-    ends = ("drop", "reject") if verdict in ("drop", "reject") else ("rewrite",)
+    ends = ("drop", "reject") if verdict in ("drop", "reject") else (verdict if verdict == "accept" else "rewrite",)
     theirs = [c for c in answer.candidates if c.verdict in ends and not host.is_ours(c)]
     moved = [c for c in answer.candidates if c.verdict == "rewrite" and not host.is_ours(c)]
     chosen = sorted(theirs, key=lambda c: not c.certain) or moved

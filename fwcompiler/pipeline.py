@@ -234,12 +234,30 @@ def plan(compiled: Compiled, host: Host, *, proof: bool = True) -> tuple[Plan, N
     refuse_shrinking(compiled.resolved, host.state)
     # The host first: trying rules out without root moves this process into a namespace of its own.
     seen = generation_id(host)
-    live = observe(host)
+    known = remembered(host)
+    live = observe(host, known)
     before = previous(host)
     wanted = normal_form(compiled, host.backend, proof=proof, fill=False)
     now = time.time()
     filled = with_members(wanted.ruleset, Journal(host.state.path).standing(now), now)
-    return replace(make_plan(host.backend, live, filled), replaces=before.name if before else "", seen=seen), wanted
+    made = replace(make_plan(host.backend, live, filled), replaces=before.name if before else "", seen=seen)
+    return made if made.in_sync else replace(made, edited=edited(host, live, known)), wanted
+
+
+def edited(host: Host, live: Ruleset, known: Mapping[str, Ranges]) -> tuple[str, ...]:
+    """What somebody changed since the last apply, in words; `known`: the contents that were applied. Nothing where an apply was killed:
+    then it is not known whose changes these are.
+    """
+    from fwcompiler.drift import by_hand
+
+    current = host.state.current()
+    if current is None or current.backend != host.backend.name or host.state.interrupted():
+        return ()
+    try:
+        before = with_static(host.backend.parse(host.state.listing(current.number)), known)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return ()
+    return by_hand(live, before)
 
 
 def plan_recorded(host: Host, number: int) -> Plan:

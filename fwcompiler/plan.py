@@ -23,6 +23,7 @@ class Plan:
     compared; rules that fwc did not write take part, and `access` is about the whole host. `notes`: what to know about it.
     `seen`: the number that the kernel gave the ruleset when `live` was read, where it gives numbers.
     `members_gained`, `members_lost`: what the dynamic members of groups gain and lose, whoever they are.
+    `edited`: what somebody changed in `live` since it was applied, in words (see `fwcompiler.drift`).
     """
 
     live: Ruleset
@@ -35,6 +36,7 @@ class Plan:
     members_lost: tuple[MemberAccess, ...] = ()
     notes: tuple[str, ...] = ()
     seen: int | None = None
+    edited: tuple[str, ...] = ()
 
     @property
     def in_sync(self) -> bool:

@@ -70,6 +70,7 @@ def diff_json(plan: Plan) -> DiffShape:
         "uncertain": [*_uncertain("gained", plan.access.perhaps_gained), *_uncertain("lost", plan.access.perhaps_lost)],
         "dynamic": [*_dynamic("gained", plan.members_gained), *_dynamic("lost", plan.members_lost)],
         "changes": list(plan.changes(whole=True)),
+        "edited": list(plan.edited),
         "notes": list(plan.notes),
     }
 
@@ -181,6 +182,9 @@ def diff_text(plan: Plan, policy: Resolved | None, *, color: bool, whole: bool =
     lines: list[str] = list(plan.notes)
     if not plan.live and not plan.of_others:
         lines.append("nothing of fwc is loaded yet; this policy grants what follows, and everything else will be dropped")
+    if plan.edited:
+        lines.append(f"{bold}changed by hand since it was applied{off}")
+        lines += _first_lines(plan.edited, whole=whole)
     access = plan.access
     for title, sign, may, parts, members in (
         ("access gained", f"{green}+{off}", "may reach", access.gained, plan.members_gained),
@@ -203,10 +207,13 @@ def diff_text(plan: Plan, policy: Resolved | None, *, color: bool, whole: bool =
 def _change_lines(plan: Plan, *, whole: bool) -> list[str]:
     if not plan.live and not whole:
         return [f"  {_load_text(plan)} (every line with -v)"]
-    changes = plan.changes(whole=whole)
-    shown = changes if whole else changes[:MAX_LINES]
+    return _first_lines(plan.changes(whole=whole), whole=whole)
+
+
+def _first_lines(texts: Sequence[str], *, whole: bool) -> list[str]:
+    shown = texts if whole else texts[:MAX_LINES]
     lines = [f"  {line if whole else _cut(line)}" for line in shown]
-    return [*lines, f"  and {len(changes) - len(shown)} more lines (all of them with -v)"] if len(changes) > len(shown) else lines
+    return [*lines, f"  and {len(texts) - len(shown)} more lines (all of them with -v)"] if len(texts) > len(shown) else lines
 
 
 def _load_text(plan: Plan) -> str:

@@ -393,11 +393,16 @@ class AddressSet:
         return self.kernel or (f"{self.name}.{self.slot}" if self.slot else self.name)
 
 
+AHEAD = "ahead of ours: "
+"""How an entry of `Ruleset.others` begins that is about rules of others in front of our call."""
+
+
 @dataclass(frozen=True, slots=True)
 class Ruleset:
     """Everything fwc owns on one host: chains in order of definition, sets by name.
 
-    `others` names what a reader found among ours that fwc never writes ("map ports"); an apply takes it out.
+    `others` names what a reader found among ours that fwc never writes ("map ports"); an apply takes it out. Where rules of
+    somebody else stand before the call that leads to ours, it says so (`AHEAD`); an apply puts our call first again.
     """
 
     chains: tuple[Chain, ...] = ()

@@ -56,7 +56,8 @@ class DiffShape(TypedDict):
 
     These speak of addresses that are written down; `dynamic` says what members of groups at run time gain and lose.
 
-    `notes` says what was not compared, and what of a listing was not understood.
+    `notes` says what was not compared, what of a listing was not understood, and, against the live rules, what rules of others
+    change. `edited` says what somebody changed in our rules since they were applied.
     """
 
     in_sync: bool
@@ -65,6 +66,7 @@ class DiffShape(TypedDict):
     uncertain: list[UncertainShape]
     dynamic: list[MemberAccessShape]
     changes: list[str]
+    edited: list[str]
     notes: list[str]
 
 
@@ -317,7 +319,8 @@ class PendingShape(TypedDict):
 
 
 class StatusShape(TypedDict):
-    """`status --json`: `counters` by service and verdict, `drift` what an apply would put right.
+    """`status --json`: `counters` by service and verdict, `drift` what an apply would send to put things right, `edited` what somebody
+    changed in our rules since they were applied.
 
     `notes` names rules of others that change what becomes of packets, those that could not be looked at, and rules of ours in
     another backend.
@@ -329,6 +332,7 @@ class StatusShape(TypedDict):
     backend: str
     in_sync: bool
     drift: list[str]
+    edited: list[str]
     generation: GenerationShape | None
     trial: PendingShape | None
     counters: dict[str, dict[str, CountShape]]

@@ -13,10 +13,9 @@ from fwcompiler.kernel import hostfacts, runner
 from fwcompiler.kernel import second_reading as kernel_reading
 from fwcompiler.members import Journal, group_of
 from fwcompiler.membership import member_json, member_lines
-from fwcompiler.neighbours import ON_THE_WAY, meddling, read_host
-from fwcompiler.pipeline import Host, applied, is_loaded, observe
+from fwcompiler.neighbours import ON_THE_WAY, notes, read_host
+from fwcompiler.pipeline import Host, applied, edited, is_loaded, observe, remembered
 from fwcompiler.plan import make_plan
-from fwcompiler.proof.diagram import StepsExceeded
 from fwcompiler.registry import installed, load
 from fwcompiler.report import counters_json
 from fwcompiler.ruleset import InRanges, Interface, Ruleset
@@ -26,6 +25,7 @@ from fwcompiler.trial import left
 if TYPE_CHECKING:
     from fwcompiler.shapes import GenerationShape, MemberShape, PendingShape, StatusShape
 
+MAX_LINES = 40
 READINGS = 3
 """How often the rules are read a second time when they change meanwhile."""
 
@@ -33,7 +33,8 @@ READINGS = 3
 def read_status(host: Host) -> StatusShape:
     """The shape of `status --json`: in sync or drifted (and what), generation, counters, dynamic members."""
     backend, state = host.backend, host.state
-    live = observe(host)
+    known = remembered(host)
+    live = observe(host, known)
     listing = _listing(host)
     wanted = applied(host)
     plan = make_plan(backend, live, wanted) if wanted else None
@@ -44,11 +45,12 @@ def read_status(host: Host) -> StatusShape:
         "backend": backend.name,
         "in_sync": plan.in_sync if plan else not live,
         "drift": list(plan.changes()) if plan else unrecorded,
+        "edited": list(edited(host, live, known)) if plan and not plan.in_sync else [],
         "generation": None if current is None else cast("GenerationShape", asdict(current)),
         "trial": _trial(host),
         "counters": counters_json(backend.counters(listing)),
         "members": _members(host, live),
-        "notes": [*_routing(host, live), *_others(host, live), *_elsewhere(host)],
+        "notes": [*_routing(host, live), *notes(host, live), *_elsewhere(host)],
         "second_reading": _second_reading(host, listing),
     }
 
@@ -87,18 +89,6 @@ def _second_reading(host: Host, listing: Sequence[str]) -> str | None:
         if ours == before:
             return f"differs: {difference}"
     return "not possible: the rules change while they are read"
-
-
-def _others(host: Host, live: Ruleset) -> Iterator[str]:
-    """What rules of others change, and what of them could not be looked at."""
-    if not live:
-        return
-    whole = read_host(host, live)
-    try:
-        yield from map(str, meddling(whole))
-    except StepsExceeded:
-        yield "rules of others are loaded, more than can be decided"
-    yield from (f"not looked at: {what}" for what in whole.unread)
 
 
 def _routing(host: Host, live: Ruleset) -> Iterator[str]:
@@ -147,6 +137,12 @@ def _trial_text(trial: PendingShape) -> str:
     return f"on trial: returns to {back} in {trial['seconds_left']:.0f} s, unless `fwc confirm` comes over a new connection"
 
 
+def _first(texts: Sequence[str]) -> Iterator[str]:
+    yield from (f"  {text}" for text in texts[:MAX_LINES])
+    if len(texts) > MAX_LINES:
+        yield f"  and {len(texts) - MAX_LINES} more"
+
+
 def status_text(found: StatusShape, *, color: bool = False) -> str:
     """`status` for people."""
     generation = found["generation"]
@@ -168,9 +164,11 @@ def status_text(found: StatusShape, *, color: bool = False) -> str:
         lines.append(f"backend {found['backend']}: {'in sync' if found['in_sync'] else 'drifted'}")
     if found["second_reading"] is not None:
         lines.append(f"second reading (python-iptables): {found['second_reading']}")
-    if found["drift"]:
+    if found["edited"]:
+        lines.append("changed by hand since it was applied (`fwc diff` shows how an apply puts it right):")
+    elif found["drift"]:
         lines.append("what differs, as an apply would change it:")
-        lines += [f"  {line}" for line in found["drift"][:40]]
+    lines += _first(found["edited"] or found["drift"])
     lines += [f"note: {note}" for note in found["notes"]]
     if found["counters"]:
         lines.append(table_text(("service", "accepted", "dropped"), _rows(found), right=(1, 2), color=color))

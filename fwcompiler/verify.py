@@ -18,7 +18,7 @@ from fwcompiler.proof.fields import Packet
 from fwcompiler.proof.host import of_host
 from fwcompiler.proof.prove import FAMILIES, differ
 from fwcompiler.registry import installed, load
-from fwcompiler.ruleset import Ruleset
+from fwcompiler.ruleset import AHEAD, Ruleset
 
 MAX_SHOWN = 20
 
@@ -74,7 +74,8 @@ def _strange(live: Ruleset, wanted: Ruleset) -> list[str]:
     """What is among ours and outside of what the proof is about: it would be wrong to call that equal."""
     proven = {"input", "prerouting", *(c.hook.name for c in wanted.chains if c.hook)}
     elsewhere = [f"chain {c.name} hangs at the hook {c.hook.name}" for c in live.chains if c.hook and c.hook.name not in proven]
-    return [*(f"fwc never makes this: {what}" for what in live.others), *elsewhere]
+    # What stands ahead of our call is composed with ours like all rules of others.
+    return [*(f"fwc never makes this: {what}" for what in live.others if not what.startswith(AHEAD)), *elsewhere]
 
 
 def verify_backends(compiled: Compiled) -> Verified:

@@ -15,7 +15,7 @@ from typing import Literal
 from fwcompiler.addresses import Ranges, merged, prefix_count, subtract
 from fwcompiler.backend import Command, Do, Fill, Rendered, Saved, SetChange, SetKind, Step
 from fwcompiler.diagnostics import Finding
-from fwcompiler.ruleset import AddressSet, InSet, Rule, Ruleset
+from fwcompiler.ruleset import AHEAD, AddressSet, InSet, Rule, Ruleset
 from fwcompiler_iptables import render
 from fwcompiler_iptables.parse import ALONE, parse_listing
 from fwcompiler_iptables.render import SLOTS, Lines, create_words, member_lines, set_name, specs, twin_name
@@ -134,7 +134,7 @@ class Iptables:
 
 def _same(found: Mapping[str, Tables], aims: Mapping[str, Tables]) -> bool:
     pairs = [(found.get(table, NOTHING), aims.get(table, NOTHING)) for table in BUILT_IN]
-    return all(a.chains == b.chains and not _minus(a.jumps, b.jumps) and not _minus(b.jumps, a.jumps) for a, b in pairs)
+    return all(a.chains == b.chains and not _calls(replace(a, behind=b.behind), b) for a, b in pairs)
 
 
 _Slotted = tuple[Tables, Mapping[str, str]]
@@ -150,24 +150,34 @@ def _delta(table: str, version: int, before: _Slotted, after: _Slotted) -> Lines
     moved = {name for name in {*slots_old, *slots_new} if slots_old.get(name) != slots_new.get(name)}
     changed = [name for name, rules in new.chains.items() if old.chains.get(name) != rules or _uses(rules, moved)]
     gone = [name for name in old.chains if name not in new.chains]
-    lost, missing = _minus(old.jumps, new.jumps), _minus(new.jumps, old.jumps)
-    if not (changed or gone or lost or missing):
+    calls = _calls(old, new)
+    if not (changed or gone or calls):
         return None
     lines = Lines(table)
     # An empty chain may be missing in this family without the listing showing it: naming it makes it, or changes nothing.
     for name in dict.fromkeys((*changed, *gone, *(n for n in new.chains if not old.chains.get(n)))):
         lines.add(f":{chain_name(name)} - [0:0]")
-    for built_in, rule in lost:
+    for built_in, rule in (jump for jump in old.jumps if jump[0] in calls):
         for spec in specs(rule, version, slots_old):
             lines.add(f"-D {built_in} {spec}")
     for name in changed:
         lines.rules(name, _counted(new.chains[name], old.chains.get(name, ())), version, slots_new)
-    for built_in, rule in reversed(missing):
+    for built_in, rule in reversed([jump for jump in new.jumps if jump[0] in calls]):
         for spec in specs(rule, version, slots_new):
             lines.add(f"-I {built_in} 1 {spec}")
     for name in gone:
         lines.add(f"-X {chain_name(name)}")
     return lines
+
+
+def _calls(old: Tables, new: Tables) -> set[str]:
+    """Built-in chains whose calls of ours change, or no longer stand first: all of them go, and come again at the top.
+
+    What is put back later is put first as well: its old place may not be there any more, and first is where it belongs.
+    """
+    called = {name for name, _ in (*old.jumps, *new.jumps)}
+    moved = {name for name in old.behind - new.behind if any(name == n for n, _ in new.jumps)}
+    return moved | {name for name in called if [j for j in old.jumps if j[0] == name] != [j for j in new.jumps if j[0] == name]}
 
 
 def _with_base_chains(table: str, lines: Lines, found: Tables) -> Lines:
@@ -188,18 +198,6 @@ def _uses(rules: Iterable[Rule], sets: set[str]) -> bool:
     return any(isinstance(m, InSet) and m.set in sets for rule in rules for m in rule.matches)
 
 
-def _minus(these: Sequence[tuple[str, Rule]], those: Sequence[tuple[str, Rule]]) -> list[tuple[str, Rule]]:
-    """Jumps of `these` beyond those in `those`, one for one."""
-    left = list(those)
-    out: list[tuple[str, Rule]] = []
-    for each in these:
-        if each in left:
-            left.remove(each)
-        else:
-            out.append(each)
-    return out
-
-
 def _counted(rules: Iterable[Rule], before: Iterable[Rule]) -> Iterator[Rule]:
     """The rules, each with the count of the equal rule that stood in the chain before; equal ones in order."""
     counts: dict[Rule, list[tuple[int, int]]] = {}
@@ -217,7 +215,7 @@ class _Sets:
         self.live = {s.name: s for s in live.sets}
         self.wanted = {s.name: s for s in wanted.sets}
         self.changes = {c.set.name: c for c in changes if c.add or c.remove}
-        self.strays = [what.removeprefix("set ") for what in live.others]
+        self.strays = [what.removeprefix("set ") for what in live.others if not what.startswith(AHEAD)]
         self.made = [s for s in wanted.sets if s.name not in self.live]
         self.remade = [s for s in wanted.sets if s.name in self.live and _shape(s) != _shape(self.live[s.name])]
         same = [s for s in wanted.sets if s not in self.made and s not in self.remade and s.name in self.changes]

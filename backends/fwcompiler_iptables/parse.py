@@ -50,8 +50,9 @@ from fwcompiler.ruleset import (
     redirected,
     sent_on,
 )
+from fwcompiler_iptables.others import Others, after
 from fwcompiler_iptables.render import PROTOCOL_NUMBER, SET_PREFIX, neutral_set, quote, twin_name
-from fwcompiler_iptables.tables import BUILT_IN, CHAIN_PREFIX, hook_of, joined, neutral_chain, split
+from fwcompiler_iptables.tables import BUILT_IN, CHAIN_PREFIX, ahead_text, hook_of, joined, neutral_chain, split
 
 ALONE = "a table that holds nothing else"
 """Marks, as the origin of our jump, that nothing in the family's table is anybody else's. No part of equality."""
@@ -92,6 +93,7 @@ class _Table:
     chains: list[str] = field(default_factory=list)
     lines: list[tuple[str, tuple[int, int], list[str]]] = field(default_factory=list)
     alone: bool = True
+    others: Others = field(default_factory=Others)
 
 
 def parse_listing(saves: Sequence[str], sets: str) -> Ruleset:
@@ -102,7 +104,7 @@ def parse_listing(saves: Sequence[str], sets: str) -> Ruleset:
     made are named in ``others``.
     """
     found = [table for version, save in zip((4, 6), saves, strict=True) for table in _read_tables(save, version)]
-    matched = {token for table in found for _, _, tokens in table.lines for token in _after(tokens, "--match-set")}
+    matched = {token for table in found for _, _, tokens in table.lines for token in after(tokens, "--match-set")}
     known, others = _read_sets(sets, matched)
     rules: dict[str, list[Rule]] = {neutral_chain(name, table.name): [] for table in found for name in table.chains}
     for table in found:
@@ -114,7 +116,8 @@ def parse_listing(saves: Sequence[str], sets: str) -> Ruleset:
             else:
                 rules.setdefault(neutral_chain(name, table.name), []).append(rule)
     sets_of_ours = tuple(sorted(known.values(), key=lambda s: s.name))
-    return Ruleset(tuple(_chains(rules)), sets_of_ours, tuple(sorted(others)))
+    ahead = (text for table in found for text in _ahead(table))
+    return Ruleset(tuple(_chains(rules)), sets_of_ours, (*sorted(others), *ahead))
 
 
 def _chains(rules: Mapping[str, Sequence[Rule]]) -> Iterator[Chain]:
@@ -123,8 +126,13 @@ def _chains(rules: Mapping[str, Sequence[Rule]]) -> Iterator[Chain]:
         yield Chain(name, tuple(rules[name]), hooks[name])
 
 
-def _after(tokens: Sequence[str], option: str) -> Iterator[str]:
-    return (value for name, value in pairwise(tokens) if name == option)
+def _ahead(table: _Table) -> Iterator[str]:
+    """What of others stands before our calls and lets packets pass them, in words."""
+    for chain in dict.fromkeys(name for name, _, _ in table.lines if hook_of(table.name, name)):
+        texts = table.others.passing(chain)
+        if texts:
+            more = f" and {len(texts) - 1} more" if len(texts) > 1 else ""
+            yield ahead_text(table.name, chain, table.version, f"-A {chain} {texts[0]}{more}")
 
 
 def _read_tables(save: str, version: int) -> Iterator[_Table]:
@@ -142,20 +150,23 @@ def _read_tables(save: str, version: int) -> Iterator[_Table]:
                 table.chains.append(chain)
             elif not hook_of(table.name, chain) or policy != "ACCEPT":
                 table.alone = False
+                table.others.chains.add(chain)
         elif match := re.match(r"(?:\[(\d+):(\d+)\] )?-A (\S+) ?(.*)", line):
             _read_line(table, match)
 
 
 def _read_line(table: _Table, match: re.Match[str]) -> None:
     chain, tokens = match[3], tokenize(match[4])
+    called = any(name == chain for name, _, _ in table.lines)
     if chain.startswith(CHAIN_PREFIX) or (hook_of(table.name, chain) and _leads_to_us(tokens)):
         table.lines.append((chain, (int(match[1] or 0), int(match[2] or 0)), tokens))
     else:
         table.alone = False
+        table.others.add(chain, match[4], tokens, behind=called)
 
 
 def _leads_to_us(tokens: Sequence[str]) -> bool:
-    return any(target.startswith(CHAIN_PREFIX) for option in ("-j", "-g") for target in _after(tokens, option))
+    return any(target.startswith(CHAIN_PREFIX) for option in ("-j", "-g") for target in after(tokens, option))
 
 
 def tokenize(text: str) -> list[str]:

@@ -10,7 +10,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from fwcompiler.ruleset import Chain, Family, Final, Goto, Hook, HookKind, HookName, InRanges, InSet, Jump, OverLimit, Rule, Ruleset, TypeIn
+from fwcompiler.ruleset import (
+    AHEAD,
+    Chain,
+    Family,
+    Final,
+    Goto,
+    Hook,
+    HookKind,
+    HookName,
+    InRanges,
+    InSet,
+    Jump,
+    OverLimit,
+    Rule,
+    Ruleset,
+    TypeIn,
+)
 
 BUILT_IN: Mapping[str, Mapping[HookName, str]] = {
     "filter": {"input": "INPUT", "forward": "FORWARD", "output": "OUTPUT"},
@@ -99,10 +115,14 @@ def is_built_in(chain: Chain) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Tables:
-    """One table of one family: rules of built-in chains that lead to ours, and our chains by neutral name without table."""
+    """One table of one family: rules of built-in chains that lead to ours, and our chains by neutral name without table.
+
+    `behind`: built-in chains in which rules of others stand before those.
+    """
 
     jumps: tuple[tuple[str, Rule], ...]
     chains: Mapping[str, tuple[Rule, ...]]
+    behind: frozenset[str] = frozenset()
 
     def __bool__(self) -> bool:
         return bool(self.jumps or self.chains)
@@ -117,8 +137,21 @@ def tables(ruleset: Ruleset, version: int) -> dict[str, Tables]:
     A base chain of the compiler becomes a chain of ours and a jump to it; a built-in chain that a reader found is
     there as it is. Where a base chain's policy says drop, so does its last rule: a chain of ours has no policy.
     """
-    placed = {table: _table(chains, version) for table, chains in placement(ruleset).items()}
+    placed = {
+        table: replace(_table(chains, version), behind=_behind(ruleset.others, table, version))
+        for table, chains in placement(ruleset).items()
+    }
     return {table: each for table, each in placed.items() if each}
+
+
+def ahead_text(table: str, chain: str, version: int, rules: str = "") -> str:
+    """What is said where rules of others stand before our call: `ahead of ours: IPv4, filter INPUT: -A INPUT -s … -j ACCEPT`."""
+    return f"{AHEAD}IPv{version}, {table} {chain}: {rules}"
+
+
+def _behind(others: Sequence[str], table: str, version: int) -> frozenset[str]:
+    chains = BUILT_IN[table].values()
+    return frozenset(c for c in chains if any(what.startswith(ahead_text(table, c, version)) for what in others))
 
 
 def _table(chains: Sequence[Chain], version: int) -> Tables:

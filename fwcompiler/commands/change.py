@@ -55,6 +55,7 @@ def diff(
     no_proof: NoProof = False,
 ) -> int:
     """Show what an apply would change: access gained and lost, then the kernel changes."""
+    from fwcompiler.neighbours import notes
     from fwcompiler.pipeline import plan
 
     options: Options = context.obj
@@ -62,8 +63,10 @@ def diff(
     with chosen_host(options, full=full) as host:
         proof = proof_wanted(no_proof)
         planned = plan(compiled, host, proof=proof)[0] if against == ["live"] else _compared(compiled, host, against, proof=proof)
-        if against == ["live"] and not planned.in_sync:
-            knock(planned, compiled, host, options, allow=True)
+        if against == ["live"]:
+            planned = replace(planned, notes=(*planned.notes, *notes(host, planned.live)))
+            if not planned.in_sync:
+                knock(planned, compiled, host, options, allow=True)
     if against != ["live"] and planned.in_sync and not options.json:
         if not options.quiet:
             print("\n".join((*planned.notes, f"no difference to {' and '.join(against)}")))

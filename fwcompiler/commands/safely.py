@@ -152,5 +152,10 @@ def _wait(trial: Trial, host: Host, options: Options) -> int:
     if host.state.outcome(trial.number) == "confirmed":
         print(f"confirmed: generation {trial.number}")
         return EXIT_OK
+    # The reason is written right behind the end of the trial, where there is room for it.
+    for _ in range(5):
+        if host.state.ending(trial.number):
+            break
+        time.sleep(LOOK)
     why = host.state.ending(trial.number)
     raise RolledBack(f"generation {trial.number} was rolled back: {why or 'not confirmed'}; the rules from before are in force")

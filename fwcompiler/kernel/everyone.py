@@ -14,10 +14,10 @@ from pathlib import Path
 
 from fwcompiler.backend import Command, Saved
 from fwcompiler.diagnostics import HostRefused
+from fwcompiler.firewalls import IPTABLES_TABLES
 from fwcompiler.kernel import runner
 
 FAMILIES = ("ip", "ip6", "inet")
-IPTABLES_TABLES = ("filter", "nat", "mangle", "raw", "security")
 _REGISTERED = {"ip": "ip_tables_names", "ip6": "ip6_tables_names"}
 
 
