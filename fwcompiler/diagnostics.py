@@ -144,6 +144,14 @@ class Unavailable(HostRefused):
     """The host lacks a program or this user the right: nothing was refused, it could not be asked."""
 
 
+class Unreadable(HostRefused):
+    """Rules cannot be read, since somebody else's among them cannot be printed. `ours`: some of fwc's are known to be there."""
+
+    def __init__(self, message: str, *, hint: str = "", ours: bool) -> None:
+        super().__init__(message, hint=hint)
+        self.ours = ours
+
+
 class RolledBack(Failure):
     """Applied, found wanting, and put back as it was."""
 

@@ -82,8 +82,10 @@ class Traced:
         if self.answer is None or self.answer.verdict == "accept" == self.decision.verdict:
             return None
         verdicts = {"accept": ("accept",), "drop": ("drop",), "reject": ("reject",), "redirect": ("rewrite",)}
+        unsure = self.answer.verdict == "may"
         ends = verdicts.get(self.answer.verdict, ("drop", "reject", "rewrite"))
-        found = [c for c in self.answer.candidates if c.verdict in ends and (c.certain or self.answer.verdict == "may")]
+        perhaps = [c for c in self.answer.candidates if unsure and c.verdict == "accept" and not c.certain]
+        found = [c for c in self.answer.candidates if c in perhaps or (c.verdict in ends and (c.certain or unsure))]
         theirs = [c for c in found if not self.host.is_ours(c)]
         return None if not theirs or (self.answer.verdict != "may" and self.host.is_ours(found[0])) else theirs[0]
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from fwcompiler.addresses import Ranges
 from fwcompiler.backend import Backend, Rendered
-from fwcompiler.diagnostics import Finding, HostRefused, PolicyRejected, Report, UsageError
+from fwcompiler.diagnostics import Finding, HostRefused, PolicyRejected, Report, Unreadable, UsageError
 from fwcompiler.kernel import netns, runner
 from fwcompiler.kernel import observe as kernel
 from fwcompiler.members import Journal, with_members
@@ -347,7 +347,12 @@ def is_loaded(backend: Backend, namespace: netns.Namespace) -> bool:
     """
     runner.require(backend.programs)
     with namespace.entered():
-        return bool(backend.parse(runner.outputs(backend.listing())))
+        try:
+            return bool(backend.parse(runner.outputs(backend.listing())))
+        except Unreadable as error:
+            if error.ours:
+                raise
+            return False
 
 
 def _may_follow(other: Backend, backend: Backend) -> Backend:

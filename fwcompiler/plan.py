@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 from fwcompiler.addresses import Ranges, range_text
 from fwcompiler.backend import Backend, Command, Fill, SetChange, Step
 from fwcompiler.contents import difference
+from fwcompiler.ports import WITH_PORTS, Ports
 from fwcompiler.proof.access import AccessChange, compare
+from fwcompiler.proof.diagram import StepsExceeded
 from fwcompiler.proof.memberaccess import MemberAccess, compare_members
-from fwcompiler.ruleset import AddressSet, Ruleset
+from fwcompiler.ruleset import AddressSet, Foreign, InRanges, InSet, Interface, Match, PortIn, Ruleset, Translate, Unknown
 
 MAX_ELEMENTS_SHOWN = 20
 
@@ -57,9 +59,49 @@ def make_plan(backend: Backend, live: Ruleset, wanted: Ruleset) -> Plan:
     """
     wanted = keeping_members(live, wanted)
     steps = tuple(backend.update(live, wanted, set_changes(live, wanted)) if live else backend.load(wanted))
-    access = compare(live, wanted) if steps else AccessChange()
+    access = _access(live, wanted) if steps else AccessChange()
     gained, lost = compare_members(live, wanted) if steps else ((), ())
-    return Plan(live, wanted, steps, access, members_gained=gained, members_lost=lost)
+    notes = tuple(f"fwc never makes this: {what}" for what in live.others)
+    return Plan(live, wanted, steps, access, members_gained=gained, members_lost=lost, notes=notes)
+
+
+def _access(live: Ruleset, wanted: Ruleset) -> AccessChange:
+    """What is gained and lost; where somebody changed our rules so that more than source and port decides, also what perhaps is."""
+    access = compare(live, wanted)
+    if not any(map(_asks_more, _matches(live) - _matches(wanted))):
+        return access
+    from fwcompiler.proof.reach import compare_hosts
+
+    services = [(a.service, ports) for a in compare(Ruleset(), wanted).gained if a.service and (ports := _ports(a.to))]
+    try:
+        whole = compare_hosts(live, wanted, services)
+    except StepsExceeded:
+        return access
+    through = any(isinstance(r.verdict, Translate) for ruleset in (live, wanted) for c in ruleset.chains for r in c.rules)
+    return replace(access, perhaps_gained=whole.perhaps_gained, perhaps_lost=whole.perhaps_lost) if through else whole
+
+
+def _matches(ruleset: Ruleset) -> set[Match]:
+    return {m for c in ruleset.chains for r in c.rules for m in r.matches}
+
+
+def _asks_more(match: Match) -> bool:
+    """True for a test of something that `compare` takes as one point."""
+    match match:
+        case Interface("in", name):
+            return name != "lo"
+        case PortIn("source") | InRanges("destination") | InSet("destination"):
+            return True
+    return isinstance(match, Unknown | Foreign)
+
+
+def _ports(to: str) -> Ports | None:
+    """`udp/5060` as ports; None for what has none."""
+    protocol, _, numbers = to.partition("/")
+    if protocol not in WITH_PORTS:
+        return None
+    low, _, high = numbers.partition("-")
+    return Ports(protocol, ((int(low), int(high or low)),))
 
 
 def set_changes(live: Ruleset, wanted: Ruleset) -> tuple[SetChange, ...]:

@@ -197,7 +197,7 @@ def diff_text(plan: Plan, policy: Resolved | None, *, color: bool, whole: bool =
             lines += [f"  {text}" for text in access_lines(parts, policy, sign, may)]
             lines += [f"  {text}" for text in _member_lines(members, policy, sign, may)]
     if not access and not plan.members_gained and not plan.members_lost:
-        lines.append("no new connection gains or loses access")
+        lines.append(("by its rules alone, " if plan.live.others else "") + "no new connection gains or loses access")
     if not plan.steps and not plan.replaces:
         return "\n".join(lines)
     lines.append(f"{bold}kernel changes{off}")

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Literal
 
 from fwcompiler.addresses import Ranges, merged, prefix_count, subtract
 from fwcompiler.backend import Command, Do, Fill, Rendered, Saved, SetChange, SetKind, Step
-from fwcompiler.diagnostics import Finding
+from fwcompiler.diagnostics import Finding, Unreadable
+from fwcompiler.natives import marked, unprinted
 from fwcompiler.ruleset import AHEAD, AddressSet, InSet, Rule, Ruleset
 from fwcompiler_iptables import render
 from fwcompiler_iptables.parse import ALONE, parse_listing
@@ -52,16 +54,31 @@ class Iptables:
         return self.update(Ruleset(), ruleset, ())
 
     def listing(self, *, big: bool = False) -> Sequence[Command]:  # noqa: ARG002 - these never read a set's content
-        """Rules of both families, then the heads of all sets.
+        """Rules of both families, then the heads of all sets; with iptables-nft also what nft prints of both families, where it can.
 
         No table is named: to the legacy program that would register it where nobody uses it.
         """
         saves = (Command((self._program(version, "save"), "-c")) for version in VERSIONS)
-        return (*saves, Command(("ipset", "list", "-t"), missing_ok=True))
+        families = ("ip", "ip6") if self.variant == "nft" else ()
+        natives = (Command(("nft", "-j", "-t", "list", "ruleset", family), otherwise=Command(("true",))) for family in families)
+        return (*saves, Command(("ipset", "list", "-t"), missing_ok=True), *natives)
 
     def parse(self, outputs: Sequence[str]) -> Ruleset:
-        """See `fwcompiler_iptables.parse`."""
-        return parse_listing(outputs[:2], outputs[2])
+        """See `fwcompiler_iptables.parse`; for what nft prints `fwcompiler.natives`. Records of before have none of it.
+
+        Raises:
+            Unreadable: a table that our rules may be in holds rules that iptables-nft-save cannot print.
+        """
+        found = parse_listing([marked(s, n) for s, n in zip_longest(outputs[:2], outputs[3:], fillvalue="")], outputs[2])
+        for family, save in zip(("ip", "ip6"), outputs[:2], strict=True):
+            table = unprinted(save)
+            if table:
+                raise Unreadable(
+                    f"iptables-nft-save cannot print the table `{family} {table}`: rules in it were made with nft",
+                    hint=f"`nft -a list table {family} {table}` shows them; put them into a table of their own",
+                    ours=bool(found.chains),
+                )
+        return found
 
     def counters(self, outputs: Sequence[str]) -> Mapping[str, tuple[int, int]]:
         """The rules' own counters, added up by service and verdict over both families."""

@@ -341,6 +341,8 @@ def _dscp(value: Json) -> int:
 
 def _limit(value: Json) -> Limit:
     known = {"rate", "per", "burst", "rate_unit", "burst_unit", "inv"}
+    if not isinstance(value, dict):
+        raise _NotModelled  # one of the table's named limits
     if value.get("inv") or set(value) - known or value.get("rate_unit", "packets") != "packets":
         raise _NotModelled
     if value["per"] not in ("second", "minute", "hour", "day"):

@@ -16,6 +16,7 @@ from fwcompiler.backend import Command, Saved
 from fwcompiler.diagnostics import HostRefused
 from fwcompiler.firewalls import IPTABLES_TABLES
 from fwcompiler.kernel import runner
+from fwcompiler.natives import marked, unprinted
 
 FAMILIES = ("ip", "ip6", "inet")
 _REGISTERED = {"ip": "ip_tables_names", "ip6": "ip6_tables_names"}
@@ -77,7 +78,7 @@ def _as_iptables(family: str, name: str, text: str, ours: str) -> str:
         printed = runner.run(Command((program, "-t", name), missing_ok=True))
     except HostRefused:
         return ""
-    return "" if "incompatible" in printed else _headed(printed, family)
+    return "" if unprinted(printed) else _headed(marked(printed, text), family)
 
 
 def _read_legacy(found: Everyone) -> None:

@@ -68,6 +68,8 @@ def run(command: Command) -> str:
     """
     program = find(command.argv[0])
     if program is None:
+        if command.otherwise is not None:
+            return run(command.otherwise)
         require(command.argv[:1])
     result = subprocess.run(
         [program or "", *command.argv[1:]],

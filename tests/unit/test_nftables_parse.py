@@ -50,3 +50,10 @@ def test_bits_of_the_status(operator: str, negated: bool) -> None:
 def test_protocols_by_name(name: str | int, number: int) -> None:
     """nft lists a protocol by the name that it has for it."""
     assert rule(match({"meta": {"key": "l4proto"}}, name), {"accept": None}).matches == (ProtocolIs(number),)
+
+
+def test_a_named_limit_is_not_ours() -> None:
+    """nft names a limit of the table by a text where ours have figures; nobody knows what it lets through."""
+    (only,) = rule({"limit": "some"}, {"accept": None}).matches
+
+    assert isinstance(only, Unknown)

@@ -10,7 +10,7 @@ from fwcompiler.backend import Command, Fill
 from fwcompiler.plan import MAX_ELEMENTS_SHOWN, Plan, make_plan, set_changes, with_contents
 from fwcompiler.proof.access import AccessChange
 from fwcompiler.registry import load
-from fwcompiler.ruleset import AddressSet, Chain, Final, Goto, Hook, InSet, PortIn, Rule, Ruleset
+from fwcompiler.ruleset import AddressSet, Chain, Final, Goto, Hook, InRanges, InSet, Interface, Match, PortIn, Rule, Ruleset, Unknown
 
 ADMINS = AddressSet("admins.v4", 4, ((10, 19), (30, 30)))
 MEMBERS = AddressSet("agents.dynamic.v4", 4, timeout=60, size=9)
@@ -90,3 +90,49 @@ def test_contents_are_given_back() -> None:
     listed = ruleset(replace(ADMINS, ranges=()), MEMBERS)
 
     assert with_contents(listed, ruleset(ADMINS)) == ruleset(ADMINS, MEMBERS)
+
+
+@pytest.mark.parametrize(
+    ("matches", "depends"),
+    [
+        ((Interface("in", "eth7"),), "the interface"),
+        ((Interface("in", "eth0"),), "the interface"),
+        ((PortIn("source", "tcp", (53, 53)),), "the source port"),
+        ((InRanges("destination", 4, ((0x0A090901, 0x0A090901),)),), "the destination"),
+        ((Unknown("mark 7"),), "unknown: mark 7"),
+    ],
+)
+def test_access_that_hangs_on_more_is_perhaps_lost(matches: tuple[Match, ...], depends: str) -> None:
+    """A rule among ours that asks more than source and port gave somebody access: it is told, with what it hangs on."""
+    wanted = ruleset(ADMINS)
+    service, base = wanted.chains
+    accept = Rule((*matches, PortIn("destination", "tcp", (23, 23))), Final.ACCEPT)
+    live = replace(wanted, chains=(service, replace(base, rules=(accept, *base.rules))))
+
+    access = make_plan(load("nftables"), live, wanted).access
+
+    assert not access.gained
+    assert not access.lost
+    assert [(a.to, a.depends) for a in access.perhaps_lost] == [("tcp/23", (depends,))]
+
+
+def test_drops_that_hang_on_more_are_perhaps_gained() -> None:
+    """What an unknown rule may take away is perhaps gained when it goes, by the name of its service; what others lose is certain."""
+    wanted = ruleset(ADMINS)
+    service, base = wanted.chains
+    rules = (Rule((Unknown("mark 7"),), Final.DROP), Rule((PortIn("destination", "udp", (9, 9)),), Final.ACCEPT), *base.rules)
+    live = replace(wanted, chains=(service, replace(base, rules=rules)))
+
+    access = make_plan(load("nftables"), live, wanted).access
+
+    assert [(a.to, a.service) for a in access.perhaps_gained] == [("tcp/22", "ssh")]
+    assert [a.to for a in access.perhaps_lost] == ["udp/9"]
+
+
+def test_what_is_not_ours_is_noted() -> None:
+    """Something in our table that fwc never makes is named with the difference."""
+    wanted = ruleset(ADMINS)
+
+    assert make_plan(load("nftables"), replace(wanted, others=("table fwc with flags",)), wanted).notes == (
+        "fwc never makes this: table fwc with flags",
+    )

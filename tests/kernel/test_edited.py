@@ -1,0 +1,84 @@
+"""Rules of fwc that somebody edits with other tools: `verify`, `diff` and `status` tell the truth about what the kernel does then."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from cli.harness import POLICY, Host, valid
+
+
+@pytest.fixture
+def host(tmp_path: Path, netns: str) -> Host:
+    """A host whose rules were loaded with iptables-nft."""
+    host = Host(tmp_path, netns, "iptables-nft")
+    host.apply()
+    return host
+
+
+@pytest.mark.parametrize("rule", ["ip saddr >= 1.2.3.4 drop", "tcp dport vmap { 22 : accept }", "ip saddr { 6.6.6.6, 7.7.7.7 } accept"])
+def test_rules_that_iptables_misprints(host: Host, rule: str) -> None:
+    """iptables-nft-save prints these rules as harmless ones: they are not called proven, and the next apply takes them away."""
+    host.run("nft", f"insert rule ip filter FWC-s.ssh {rule}")
+
+    verified, difference = host.fwc("verify", host.write()), host.fwc("diff", host.write())
+
+    assert (verified.code, difference.code, host.in_sync()) == (1, 1, False)
+    assert "not modelled" in verified.out
+    host.apply()
+    assert host.in_sync(POLICY)
+    assert host.fwc("verify", host.write()).code == 0
+
+
+def test_a_table_that_iptables_does_not_print(host: Host) -> None:
+    """A rule beside ours that iptables-nft-save stumbles over hides ours as well: that is said, and nothing is changed or called lost."""
+    host.run("nft", "insert rule ip filter INPUT ct state established accept")
+    before = host.run("nft", "list", "table", "ip", "filter")
+
+    for arguments in (("verify", host.write()), ("diff", host.write()), ("apply", host.write(), "--yes"), ("status",)):
+        ran = host.fwc(*arguments)
+        assert ran.code == 4, ran
+        assert "cannot print the table `ip filter`" in ran.err
+    assert host.run("nft", "list", "table", "ip", "filter") == before
+
+
+def test_a_table_of_others_that_iptables_does_not_print(tmp_path: Path, netns: str) -> None:
+    """Where the built-in table is somebody's own of nft, iptables-nft is refused before anything is loaded; nftables works beside it."""
+    host = Host(tmp_path, netns, "iptables-nft")
+    host.run("nft", "add table ip filter { chain INPUT { type filter hook input priority 0; ct state established accept; }; }")
+
+    refused = host.apply(code=4)
+
+    assert "cannot print the table `ip filter`" in refused.err
+    assert "fwc-" not in host.run("ipset", "list", "-n")
+    Host(tmp_path, netns).apply()
+
+
+def test_who_accepts_before_us_is_named(host: Host) -> None:
+    """A rule of iptables before the call of ours lets in what ours drop: `verify` and `explain --live` show the rule itself."""
+    host.iptables("-I", "INPUT", "1", "-s", "6.6.6.6", "-j", "ACCEPT")
+    host.iptables("-I", "INPUT", "1", "-m", "string", "--string", "foo", "--algo", "bm", "-j", "ACCEPT")
+
+    verified = valid("verify", host.fwc("verify", host.write(), "--json").json)
+    explained = host.fwc("explain", host.write(), "--live", "--from", "7.7.7.7", "--to", "tcp/22").out
+
+    rules = {each["rule"] for each in verified["foreign"]}
+    assert any(rule.endswith("-A INPUT -s 6.6.6.6/32 -j ACCEPT") for rule in rules)
+    assert 'live: may: iptables, table filter: -A INPUT -m string --string "foo" --algo bm -j ACCEPT' in explained
+    assert "a rule that is not fwc's" in explained
+
+
+def test_a_named_limit_in_our_table(tmp_path: Path, netns: str) -> None:
+    """A limit by name is nothing that fwc makes: told, perhaps access, and taken away by the next apply."""
+    host = Host(tmp_path, netns)
+    host.apply()
+    host.run("nft", 'add limit inet fwc some { rate 5/second; }; insert rule inet fwc input limit name "some" accept')
+
+    verified, difference = host.fwc("verify", host.write()), host.fwc("diff", host.write(), "--json")
+
+    assert (verified.code, difference.code) == (1, 1)
+    assert "fwc never makes this: limit some" in verified.out
+    assert {each["change"] for each in valid("diff", difference.json)["uncertain"]} == {"lost"}
+    assert "fwc never makes this: limit some" in difference.json["notes"]
+    host.apply()
+    assert host.in_sync(POLICY)
