@@ -140,7 +140,7 @@ def box_text(space: Space, box: Box, groups: Mapping[str, Ranges] | None = None)
         rest.append(_interfaces(space, masks[INTERFACE]))
     if SOURCE_PORT in masks:
         rest.append(f"from port {_numbers(space.ranges(SOURCE_PORT, masks[SOURCE_PORT]))}")
-    rest += [_given_text(name, holds) for name, holds in assumed(space, box).items()]
+    rest += sorted(_given_text(name, holds) for name, holds in assumed(space, box).items())
     return ", ".join([f"from {source} to {to}", *rest])
 
 

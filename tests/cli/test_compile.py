@@ -15,6 +15,7 @@ from fwcompiler.proof.access import compare
 
 EXAMPLE = str(ROOT / "docs" / "examples" / "dialer.yaml")
 FILES = {"nftables": ["fwc.nft"], "iptables-nft": ["fwc.ipset", "fwc.v4", "fwc.v6"], "iptables-legacy": ["fwc.ipset", "fwc.v4", "fwc.v6"]}
+BESIDE = ["http-to-https.apache.conf", "http-to-https.nginx.conf"]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -37,9 +38,10 @@ def test_files_are_what_is_printed(tmp_path: Path, backend: str) -> None:
     ran = fwc("compile", EXAMPLE, "--backend", backend, "-o", str(folder))
     printed = valid("compile", fwc("compile", EXAMPLE, "--backend", backend, "--json").json)
 
-    assert ran.out.split() == [str(folder / name) for name in FILES[backend]]
+    files = [*FILES[backend], *BESIDE]
+    assert ran.out.split() == [str(folder / name) for name in files]
     assert {p.name: p.read_text(encoding="utf-8") for p in folder.iterdir()} == printed["files"]
-    assert (list(printed["files"]), printed["backend"]) == (FILES[backend], backend)
+    assert (list(printed["files"]), printed["backend"]) == (files, backend)
 
 
 def test_folder_that_cannot_be_written(tmp_path: Path) -> None:

@@ -21,9 +21,9 @@ from fwcompiler.proof.host import of_host
 from fwcompiler.proof.prove import Difference, differ
 from fwcompiler.ruleset import HookName, Ruleset
 
-SOLVER_LAW = settings(LAW, max_examples=100, phases=(Phase.explicit, Phase.generate))
+SOLVER_LAW = settings(LAW, max_examples=60, phases=(Phase.explicit, Phase.generate))
 """Failures are told as they are found: making them smaller would ask z3 for minutes."""
-HOST_LAW = settings(SOLVER_LAW, max_examples=50)
+HOST_LAW = settings(SOLVER_LAW, max_examples=30)
 
 
 def impossible(*formulas: Any) -> bool:
@@ -69,12 +69,12 @@ def test_our_own_rules() -> None:
     @given(VERSIONS, st.data())
     def law(version: int, data: st.DataObject) -> None:
         first = data.draw(own_rulesets(version))
-        second = data.draw(st.one_of(edited(first), edited(first), own_rulesets(version)))
-        programs = (of_host(each, version) for each in (first, second))
-        equal[compare(*programs, (first, second), version, "input")] += 1
+        for second in (data.draw(edited(first)), data.draw(own_rulesets(version))):
+            programs = (of_host(each, version) for each in (first, second))
+            equal[compare(*programs, (first, second), version, "input")] += 1
 
     law()
-    assert min(equal.values()) > 15, equal
+    assert min(equal.values()) > 10, equal
 
 
 @pytest.mark.parametrize("hook", ["input", "forward"])
@@ -86,12 +86,12 @@ def test_whole_hosts(hook: HookName) -> None:
     @given(VERSIONS, st.data())
     def law(version: int, data: st.DataObject) -> None:
         first = data.draw(host_rulesets(version, hook))
-        second = data.draw(st.one_of(edited(first), edited(first), host_rulesets(version, hook)))
-        programs = (of_host(each, version, hook, OUTS) for each in (first, second))
-        equal[compare(*programs, (first, second), version, hook)] += 1
+        for second in (data.draw(edited(first)), data.draw(host_rulesets(version, hook))):
+            programs = (of_host(each, version, hook, OUTS) for each in (first, second))
+            equal[compare(*programs, (first, second), version, hook)] += 1
 
     law()
-    assert min(equal.values()) > 8, equal
+    assert min(equal.values()) > 5, equal
 
 
 def test_the_second_opinion_can_disagree() -> None:
