@@ -5,12 +5,13 @@ Asked are the policy's meaning and the rules themselves. Members of dynamic grou
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from ipaddress import IPv6Address, ip_address
 from typing import TYPE_CHECKING
 
-from fwcompiler.addresses import LOOPBACK, AddressError, Addresses, Ranges, address_text, covers, parse_address
+from fwcompiler.addresses import LOOPBACK, Addresses, Ranges, address_text, covers
 from fwcompiler.diagnostics import Finding, HostRefused, Position
 from fwcompiler.kernel import session, sockets
 from fwcompiler.ports import PROTOCOLS
@@ -27,12 +28,16 @@ SSH = "ssh"
 STANDARD = ((22, 22),)
 MAX_PORTS = 64
 """Ports of the ssh service that are asked about; nobody has more servers."""
+MAX_SHOWN = 4
 OVERRIDE = "if that is meant, --allow-lockout overrides; a console should be at hand"
 
 
 @dataclass(frozen=True, slots=True)
 class Visitor:
-    """Somebody who is logged in: from which address, to which TCP port, since when as far as that is known."""
+    """Somebody who is logged in: from which address, to which TCP port, since when as far as that is known.
+
+    `guessing`: connected, but certainly not logged in yet, over any of his connections. On the internet these are mostly strangers.
+    """
 
     version: int
     address: int
@@ -40,6 +45,7 @@ class Visitor:
     since: float | None = None
     yours: bool = False
     local: bool = False
+    guessing: bool = False
 
     def __str__(self) -> str:
         return address_text(self.version, self.address)
@@ -87,7 +93,8 @@ def who_may_log_in(policy: Resolved) -> dict[str, object]:
 
 
 def visitors(policy_ports: Ranges, namespace: Namespace, *, ancestors: bool) -> tuple[Visitor, ...]:
-    """Everybody who is logged in: the client of SSH_CONNECTION, and the peers of established connections to its port and ssh's.
+    """Everybody who is logged in: the client of SSH_CONNECTION, and the peers of established connections to its port, to ssh's, and to
+    those on which an SSH server listens.
 
     `ancestors`: look for SSH_CONNECTION also where the calling processes still have it.
 
@@ -99,23 +106,35 @@ def visitors(policy_ports: Ranges, namespace: Namespace, *, ancestors: bool) -> 
     found: dict[tuple[int, int, int], Visitor] = {}
     if mine:
         ports.add(mine.server_port)
-        try:
-            version, address = parse_address(mine.client)
-        except AddressError:
-            pass
-        else:
+        who = _client(mine.client)
+        if who:
+            version, address = who
             found[version, address, mine.server_port] = Visitor(
                 version, address, mine.server_port, yours=True, local=mine.client == mine.server
             )
     with namespace.entered():
-        peers = sockets.peers(ports)
+        peers = sockets.peers(ports | sockets.ports_of(sockets.SSH_SERVERS))
     for peer in peers:
         key = (peer.version, peer.address, peer.local_port)
         known = found.get(key)
         since = min((t for t in (peer.since, known.since if known else None) if t), default=None)
         here = (peer.version, peer.address) == (peer.version, peer.local)
-        found[key] = Visitor(*key, since, bool(known and known.yours), here)
+        guessing = peer.logging_in and (known is None or known.guessing)
+        found[key] = Visitor(*key, since, bool(known and known.yours), here, guessing)
     return tuple(found.values())
+
+
+def _client(text: str) -> tuple[int, int] | None:
+    """Family and number of the address in SSH_CONNECTION; an IPv4 address in IPv6's clothes (RFC 4291, 2.5.5.2) is one of IPv4.
+
+    None where it is no address: some servers that are reached through a proxy know none.
+    """
+    try:
+        address = ip_address(text)
+    except ValueError:
+        return None
+    plain = (address.ipv4_mapped if isinstance(address, IPv6Address) else None) or address
+    return plain.version, int(plain)
 
 
 def judge(everybody: Iterable[Visitor], wanted: Ruleset, live: Ruleset, compiled: Compiled | None) -> Verdict:
@@ -128,6 +147,7 @@ def judge(everybody: Iterable[Visitor], wanted: Ruleset, live: Ruleset, compiled
     locked: list[Finding] = []
     notes: list[Finding] = []
     who: list[str] = []
+    guessing: list[Visitor] = []
     for visitor in everybody:
         packet = _knock(visitor)
         if packet.interface == "lo":
@@ -135,14 +155,26 @@ def judge(everybody: Iterable[Visitor], wanted: Ruleset, live: Ruleset, compiled
         reason, at, member = _meaning(packet, compiled, members) if compiled else ("", None, "")
         if not reason:
             reason = _rules(packet, rules)
-        if reason:
+        if reason and visitor.guessing:
+            guessing.append(visitor)
+        elif reason:
             message = f"{visitor} could not log in any more: {reason} ({visitor.words()})"
             hint = _remedy(visitor, packet, compiled.resolved, compiled.document.texts) if compiled else OVERRIDE
             locked.append(Finding("lock-out", message, at, hint))
             who.append(str(visitor))
         elif member:
             notes.append(Finding("lock-out", f"{visitor} ({visitor.words()}) may log in {member}", at, severity="warning"))
+    if guessing:
+        notes.append(_strangers(guessing))
     return Verdict(tuple(locked), tuple(notes), tuple(who))
+
+
+def _strangers(guessing: Sequence[Visitor]) -> Finding:
+    """Whoever only tries to log in keeps nobody from changing the rules: on the internet somebody always does."""
+    shown = ", ".join(f"{visitor} (tcp/{visitor.port})" for visitor in guessing[:MAX_SHOWN])
+    more = f" and {len(guessing) - MAX_SHOWN} more" if len(guessing) > MAX_SHOWN else ""
+    message = f"trying to log in, and could not try again: {shown}{more}; they count as strangers, since nobody is logged in from there"
+    return Finding("lock-out", message, severity="warning")
 
 
 def refuse(verdict: Verdict) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import IPv6Address, ip_address
@@ -22,16 +22,23 @@ ESTABLISHED, CLOSE, LISTEN = 1, 7, 10
 """States of a socket (include/net/tcp_states.h); a UDP socket that is not connected is in CLOSE."""
 FAMILIES = (socket.AF_INET, socket.AF_INET6)
 
+SSH_SERVERS = frozenset(("sshd", "sshd-session", "sshd-auth", "dropbear"))
+_LOGGING_IN = re.compile(r"sshd(-session|-auth)?: (.* )?\[(net|accepted)\]")
+"""What OpenSSH calls its process for the network, or for what was just accepted, until somebody has logged in (sshd.c, setproctitle)."""
 _SOCKET = re.compile(r"socket:\[(\d+)\]")
 
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """A process that holds a socket; `started` in seconds since the epoch, None where that cannot be told."""
+    """A process that holds a socket; `started` in seconds since the epoch, None where that cannot be told.
+
+    `title`: its command line, which some servers rewrite to say what they are doing.
+    """
 
     pid: int
     name: str
     started: float | None
+    title: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +55,11 @@ class Peer:
     local_port: int
     local: int = 0
     processes: tuple[Process, ...] = ()
+
+    @property
+    def logging_in(self) -> bool:
+        """True where it is certain that nobody has logged in over it yet: an SSH server says so of the process that it has for that."""
+        return any(p.name in SSH_SERVERS and _LOGGING_IN.fullmatch(p.title) for p in self.processes)
 
     @property
     def since(self) -> float | None:
@@ -87,6 +99,17 @@ def peers(ports: Iterable[int]) -> tuple[Peer, ...]:
     holders = _holders({m["idiag_inode"] for m in found})
     unsorted = (_peer(m, holders.get(m["idiag_inode"], ())) for m in found)
     return tuple(sorted(unsorted, key=lambda p: (p.version, p.address, p.port, p.local_port)))
+
+
+def ports_of(programs: Collection[str]) -> frozenset[int]:
+    """Local TCP ports on which one of these programs listens, as far as this user may look.
+
+    Raises:
+        Unavailable: the kernel has no socket diagnostics, or does not answer.
+    """
+    found = list(_ask(socket.IPPROTO_TCP, LISTEN))
+    holders = _holders({m["idiag_inode"] for m in found})
+    return frozenset(m["idiag_sport"] for m in found if any(p.name in programs for p in holders.get(m["idiag_inode"], ())))
 
 
 def listeners() -> tuple[Listener, ...]:
@@ -171,7 +194,10 @@ def _process(folder: Path) -> Process:
         text = (folder / "stat").read_text(encoding="utf-8", errors="replace")
         name = text[text.index("(") + 1 : text.rindex(")")]
         started = _boot_time() + int(text[text.rindex(")") + 2 :].split()[19]) / os.sysconf("SC_CLK_TCK")
-    return Process(int(folder.name), name, started)
+    title = ""
+    with suppress(OSError):
+        title = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    return Process(int(folder.name), name, started, title)
 
 
 def _boot_time() -> float:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import signal
 import socket
+import subprocess
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import kernelspace
@@ -199,3 +203,83 @@ def test_sudo_does_not_hide_the_connection(tmp_path: Path) -> None:
     )
 
     assert "client='192.0.2.77', client_port=50022, server='198.51.100.5', server_port=2222) None" in done.stdout
+
+
+@contextmanager
+def ssh_server(netns: str, folder: Path, port: int) -> Iterator[Path]:
+    """OpenSSH's server in a namespace; yields the key that root may log in with."""
+    sshd = shutil.which("sshd")
+    if sshd is None:
+        pytest.skip("sshd is not installed")
+    for name in ("host", "user"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)], check=True)
+    Path("/run/sshd").mkdir(exist_ok=True)  # where it locks its unprivileged half up
+    options = (f"Port={port}", f"HostKey={folder}/host", f"AuthorizedKeysFile={folder}/user.pub", "StrictModes=no", "UsePAM=no")
+    argv = ["ip", "netns", "exec", netns, sshd, "-D", "-f", "/dev/null", *(x for o in (*options, "PidFile=none") for x in ("-o", o))]
+    server = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        yield folder / "user"
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def addressed(netns: str, *addresses: str) -> None:
+    """Addresses that are not the server's own, all in one namespace."""
+    kernelspace.in_named(netns, "ip", "link", "set", "lo", "up")
+    for address in addresses:
+        kernelspace.in_named(netns, "ip", "address", "add", address, "dev", "lo")
+
+
+def connected(netns: str, client: str, port: int) -> socket.socket:
+    """A connection that says what SSH's first line says, and no more; once the server has answered."""
+    space = kernelspace.Space(os.open(f"/run/netns/{netns}", os.O_RDONLY))
+    try:
+        for _ in range(100):
+            with space.entered():
+                calling = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+            calling.bind((client, 0))
+            with suppress(ConnectionRefusedError):
+                calling.connect(("198.51.100.5", port))
+                assert calling.recv(100).startswith(b"SSH-2.0-")
+                return calling
+            calling.close()
+            time.sleep(0.05)
+    finally:
+        os.close(space.descriptor)
+    raise AssertionError("the server does not answer")
+
+
+@pytest.mark.parametrize("port", [22, 2222])
+def test_who_guesses_passwords_is_a_stranger(host: Host, port: int) -> None:
+    """Who is connected to sshd without having logged in is named in a warning, and the apply goes on; who is logged in stops it.
+
+    sshd is found on whatever port it listens.
+    """
+    addressed(host.netns, "198.51.100.5", "192.0.2.77", "192.0.2.78")
+    with ssh_server(host.netns, host.folder, port) as key, connected(host.netns, "192.0.2.77", port):
+        assert (warned := host.apply(POLICY)).code == 0
+        login = [*("ssh", "-T", "-b", "192.0.2.78", "-p", str(port), "-i", str(key), "-F", "none", "-o", "StrictHostKeyChecking=no")]
+        login += ["-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR", "root@198.51.100.5", "echo in; cat"]
+        host.run("nft", "insert", "rule", "inet", "fwc", "input", "accept")
+        with subprocess.Popen(["ip", "netns", "exec", host.netns, *login], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as session:
+            assert session.stdout is not None
+            assert session.stdout.readline() == b"in\n"
+            refused = host.apply(POLICY, code=4)
+            assert session.stdin is not None
+            session.stdin.close()
+        assert host.apply(POLICY).code == 0
+
+    assert f"warning[lock-out]: trying to log in, and could not try again: 192.0.2.77 (tcp/{port})" in warned.err
+    assert "192.0.2.78 would be locked out; nothing was changed" in refused.err
+    assert "192.0.2.77 could not log in" not in refused.err
+
+
+@pytest.mark.parametrize(("client", "code"), [("::ffff:192.0.2.77", 4), ("::ffff:192.0.2.10", 0), ("UNKNOWN", 0)])
+def test_addresses_in_the_clothes_of_others(host: Host, monkeypatch: pytest.MonkeyPatch, client: str, code: int) -> None:
+    """An IPv4 address that a server writes as IPv6 is asked about as IPv4; one that is none at all cannot be asked about."""
+    came_by_ssh(monkeypatch, client)
+
+    ran = host.apply(POLICY, code=code)
+
+    assert ("192.0.2.77 would be locked out" in ran.err) is (code == 4)
