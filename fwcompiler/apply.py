@@ -128,8 +128,10 @@ def _end_connections(plan: Plan, found: Ruleset, host: Host) -> tuple[str, ...]:
     """Whoever lost access loses his connections; what could not be done, in words."""
     if not plan.steps:
         return ()
-    failed = connections.end(connections.lost_access(plan.live, found, plan.access), host.namespace)
-    return (failed,) if failed else ()
+    failed = [connections.end(connections.lost_access(plan.live, found, plan.access), host.namespace)]
+    if plan.sending.lost or plan.sending.members_lost:
+        failed.append(connections.end_sent(plan.live, found, host.namespace))
+    return tuple(filter(None, failed))
 
 
 class Stale(HostRefused):

@@ -1,7 +1,8 @@
 """Ends the connections of sources that lost access: taken out of a group, a member's turn over, a service gone.
 
 Restricted services and blocks are decided before the established rule, so most of it bites at once by the rules alone. What
-this adds: connections to services that are no longer there, or are public no longer, and a table that tells the truth.
+this adds: connections to services that are no longer there, or are public no longer, and a table that tells the truth. What this host
+opened itself goes on as established, whatever `egress` says by now, so there it is all that ends it.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ from typing import TYPE_CHECKING
 
 from fwcompiler.addresses import merged
 from fwcompiler.diagnostics import HostRefused
-from fwcompiler.kernel import conntrack
-from fwcompiler.kernel.conntrack import Cut
+from fwcompiler.kernel import conntrack, routes
+from fwcompiler.kernel.conntrack import Begun, Cut
 from fwcompiler.ports import PROTOCOLS
 from fwcompiler.proof.access import Access, AccessChange, compare
+from fwcompiler.proof.fields import Packet
+from fwcompiler.proof.leaving import HOOK
+from fwcompiler.proof.trace import trace
 from fwcompiler.ruleset import AddressSet, Ruleset
 
 if TYPE_CHECKING:
@@ -57,6 +61,26 @@ def end(lost: Iterable[Access], namespace: Namespace) -> str:
             conntrack.delete(cuts)
     except HostRefused as refused:
         return f"the connections of sources that lost access were not ended: {refused.message}"
+    return ""
+
+
+def end_sent(before: Ruleset, after: Ruleset, namespace: Namespace) -> str:
+    """Delete the entries of connections that this host opened and may not open any more; what went wrong, in words, or nothing.
+
+    Every one of them is sent anew through the rules before and after, both as observed, members included.
+    """
+
+    def is_lost(begun: Begun) -> bool:
+        packet = Packet(
+            begun.version, begun.source, begun.protocol, begun.port, begun.destination, begun.source_port, interface="", leaving=True
+        )
+        return trace(before, packet, HOOK).verdict == "accept" != trace(after, packet, HOOK).verdict
+
+    try:
+        with namespace.entered():
+            conntrack.delete_begun({version: routes.own_addresses(version) for version in (4, 6)}, is_lost)
+    except HostRefused as refused:
+        return f"the connections that this host may not have any more were not ended: {refused.message}"
     return ""
 
 

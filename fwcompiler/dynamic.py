@@ -22,6 +22,7 @@ from fwcompiler.durations import seconds
 from fwcompiler.kernel import netns, runner
 from fwcompiler.members import Book, Event, Journal, Key, dynamic_set, group_of, milliseconds_left
 from fwcompiler.proof.access import AccessChange, compare
+from fwcompiler.proof.sending import compare_sending
 from fwcompiler.ruleset import AddressSet, Final, InSet, Rule, Ruleset
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def allow(host: Host, group: str, text: str, length: str | None = None, reason: 
     static = any(s.ranges and s.name == f"{group}.v{version}" for s in after.sets)
     notes = (f"the policy has {wish.address} in {group} already: it stays in also when this time is over",) if static else ()
     access = compare(before, after)
-    return MemberChange(wish, access, (*notes, *_ended(access, host)))
+    return MemberChange(wish, access, (*notes, *_ended(access, before, after, host)))
 
 
 def revoke(host: Host, group: str, text: str) -> MemberChange:
@@ -106,14 +107,17 @@ def revoke(host: Host, group: str, text: str) -> MemberChange:
         wish = _wish("revoke", group, version, address)
         journal.add(wish)
         _withdraw(kind, target, wish, journal)
-    access = compare(before, before if target is None else _given(before, target, ()))
-    return MemberChange(wish, access, _ended(access, host))
+    after = before if target is None else _given(before, target, ())
+    access = compare(before, after)
+    return MemberChange(wish, access, _ended(access, before, after, host))
 
 
-def _ended(access: AccessChange, host: Host) -> tuple[str, ...]:
-    """End the connections that the address could not open any more; what could not be done, in words."""
-    failed = connections.end(access.lost, host.namespace)
-    return (failed,) if failed else ()
+def _ended(access: AccessChange, before: Ruleset, after: Ruleset, host: Host) -> tuple[str, ...]:
+    """End the connections that the address could not open any more, and this host's own to it; what could not be done, in words."""
+    failed = [connections.end(access.lost, host.namespace)]
+    if compare_sending(before, after).lost:
+        failed.append(connections.end_sent(before, after, host.namespace))
+    return tuple(filter(None, failed))
 
 
 def reconcile(host: Host, live: Ruleset) -> tuple[str, ...]:

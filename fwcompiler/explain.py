@@ -16,6 +16,7 @@ from fwcompiler.proof.ask import Answer, Candidate, Word, ask
 from fwcompiler.proof.describe import packet_text, rule_text
 from fwcompiler.proof.edge import Passed, follow
 from fwcompiler.proof.fields import Packet, packet_to
+from fwcompiler.proof.leaving import HOOK
 from fwcompiler.proof.meaning import Explanation
 from fwcompiler.proof.trace import Decision, trace, trace_through
 from fwcompiler.report import explain_json
@@ -47,6 +48,17 @@ def packet_from(source: str, to: str, to_addr: str | None, interface: str, state
     return packet_to(
         version, value, ports, destination=destination[1] if destination else None, interface=interface, state=cast(State, state)
     )
+
+
+def packet_sent(to: str, to_addr: str, own: str | None, interface: str, state: str, from_port: int | None) -> Packet:
+    """A packet that this host sends, from the words of the command line. ``own``: one of its addresses, None: any.
+
+    Raises:
+        UsageError: as for `packet_from`.
+    """
+    unknown = "::" if ":" in to_addr else "0.0.0.0"
+    packet = packet_from(own or unknown, to, to_addr, interface, state)
+    return replace(packet, leaving=True, source_port=packet.source_port if from_port is None else from_port)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +197,7 @@ def explain_listing(file: str, packet: Packet) -> Asked:
     ruleset = listing.foreign()
     if packet.version not in listing.versions(ruleset):
         raise UsageError(f"`{file}` says nothing about IPv{packet.version}", hint=HOW)
-    return Asked(packet, ask(ruleset, packet))
+    return Asked(packet, ask(ruleset, packet, HOOK if packet.leaving else "input"))
 
 
 def explain_live(host: Host, policy: Resolved, packet: Packet, explanation: Explanation) -> Traced:
@@ -196,8 +208,8 @@ def explain_live(host: Host, policy: Resolved, packet: Packet, explanation: Expl
     """
     live = observe(host)
     whole = read_host(host, live)
-    passed = follow(policy, policy.edge, packet) if policy.edge else None
-    if policy.edge and packet.interface in (policy.edge.wan, policy.edge.lan):
+    passed = follow(policy, policy.edge, packet) if policy.edge and not packet.leaving else None
+    if policy.edge and not packet.leaving and packet.interface in (policy.edge.wan, policy.edge.lan):
         through = _trace_at_edge(live, packet, policy.edge, passed)
         if passed and (passed.leaves or through.to is not None):
             others = () if whole.alone_on_the_way else (ON_THE_WAY,)
@@ -205,6 +217,8 @@ def explain_live(host: Host, policy: Resolved, packet: Packet, explanation: Expl
             return Traced(
                 through, explanation, replace(whole, unread=(*whole.unread, *others)), to=target if packet.state == "new" else None
             )
+    if packet.leaving:
+        return Traced(trace(live, packet, HOOK), explanation, whole, None if whole.alone else whole.ask(packet))
     return Traced(trace(live, packet), explanation, whole, None if whole.alone else whole.ask(packet))
 
 

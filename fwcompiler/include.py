@@ -1,7 +1,7 @@
 """Merges the files that a policy includes into one document, with every position kept.
 
 One rule: the file that includes wins over what it includes. Groups, services and hosts are taken whole, by name; so
-are `block`, `trust`, `edge` and `name`. `tests` add up. Two included files that say different things about the same entry,
+are `block`, `trust`, `edge`, `egress` and `name`. `tests` add up. Two included files that say different things about the same entry,
 without the including file settling it, are a conflict that names both places.
 """
 

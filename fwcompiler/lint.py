@@ -12,6 +12,7 @@ from itertools import permutations
 from fwcompiler.addresses import Addresses, intersect, range_text
 from fwcompiler.diagnostics import Position, Report
 from fwcompiler.edge import LOCAL_PORTS
+from fwcompiler.lint_egress import lint_egress
 from fwcompiler.resolve import Resolved, ResolvedGroup, ResolvedService
 
 MAX_NAMED = 3
@@ -32,6 +33,8 @@ def lint(policy: Resolved, report: Report, where: str) -> None:
         if service.expose and service.groups is None:
             report.warn("exposed", f"`{service.name}` is open to anywhere: {service.expose}", service.at)
     _trusted_anyway(policy, report)
+    if policy.egress is not None:
+        lint_egress(policy, policy.egress, report)
     if policy.block is not None:
         _block(policy, report)
 
@@ -41,7 +44,7 @@ def _named_by_services(policy: Resolved) -> dict[str, None]:
 
 
 def _unused(policy: Resolved, report: Report) -> None:
-    used = set(policy.trust) | set(_named_by_services(policy)) | set(policy.named)
+    used = set(policy.trust) | set(_named_by_services(policy)) | set(policy.named) | set(policy.egress.groups() if policy.egress else ())
     if policy.block:
         used |= set(policy.block.groups) | set(policy.block.excepted)
     for group in policy.groups.values():

@@ -6,13 +6,14 @@ whoever is taken out of a group is cut off at once; public ones after it, so tha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import get_args
 
 from fwcompiler.addresses import LOOPBACK, Addresses
 from fwcompiler.diagnostics import Position
 from fwcompiler.lower_edge import DESTINATIONS, edge_chains, edge_sets
+from fwcompiler.lower_egress import egress_chain
 from fwcompiler.options import ResolvedLimit
 from fwcompiler.ports import PROTOCOLS
 from fwcompiler.resolve import Resolved, ResolvedGroup, ResolvedService
@@ -77,7 +78,14 @@ def lower(policy: Resolved) -> Ruleset:
     )
     services = tuple(_service_chain(s, policy) for s in (*early, *late))
     aside = (*_redirects(policy), *(early_chains(policy) if policy.edge is None else ()), *_untracked(policy), *_marks(policy))
-    return Ruleset((*services, *aside, *_edge(policy), Chain("input", rules, Hook("input"))), tuple(_sets(policy)))
+    ours = (Chain("input", rules, Hook("input")), *_egress(policy))
+    return Ruleset((*services, *aside, *_edge(policy), *ours), tuple(_sets(policy)))
+
+
+def _egress(policy: Resolved) -> Iterator[Chain]:
+    if policy.egress is not None:
+        needed: dict[int, Sequence[int]] = {4: ICMP_ERRORS, 6: ICMPV6_NEEDED}
+        yield egress_chain(policy, policy.egress, needed, LOG_LIMIT, lambda name, version: _set_names(policy.groups[name], version))
 
 
 def _edge(policy: Resolved) -> Iterator[Chain]:
@@ -305,6 +313,7 @@ def _sets(policy: Resolved) -> Iterator[AddressSet]:
     forwarded = policy.edge.forwards if policy.edge else ()
     accepted = [*policy.trust, *(g for s in (*policy.services, *(f.service for f in forwarded)) for g in s.groups or ())]
     accepted += [g for s in policy.services for g in s.options.plain]
+    accepted += policy.egress.groups() if policy.egress else ()
     accepted += [g for s in policy.services if s.options.limit("anywhere") for g in policy.named]
     static = {*accepted, *(policy.block.excepted if policy.block and _blocks_dynamic(policy) else ())}
     blocking = (*policy.block.groups, *policy.block.excepted) if policy.block else ()

@@ -88,8 +88,8 @@ class WholeHost:
         return not any(theirs) and not any(c.hook and c.hook.policy == "drop" for c in bases)
 
     def ask(self, packet: Packet) -> Answer:
-        """What becomes of a packet that is sent to the host."""
-        return ask(at_present(self.rules), packet, world=self.world)
+        """What becomes of a packet that is sent to the host, or that it sends."""
+        return ask(at_present(self.rules), packet, "output" if packet.leaving else "input", world=self.world)
 
     def is_ours(self, candidate: Candidate) -> bool:
         """True for a rule of fwc's, and for the call that leads to ours."""

@@ -185,6 +185,18 @@ def normal_form(compiled: Compiled, backend: Backend, *, proof: bool = True, fil
 def disproof(compiled: Compiled, ruleset: Ruleset) -> tuple[CounterExample, ...]:
     """Packets that a ruleset treats otherwise than the policy's meaning says; none: proven equal for all packets."""
     from fwcompiler.proof.describe import counter_examples
+    from fwcompiler.proof.leaving import HOOK, leaving
+    from fwcompiler.proof.prove import prove
+
+    found = _arriving(compiled, ruleset)
+    if compiled.resolved.egress is None and not any(c.hook and c.hook.name == HOOK for c in ruleset.chains):
+        return found
+    differences = prove(leaving(compiled.resolved), ruleset, HOOK)
+    return (*found, *counter_examples(differences, compiled.resolved, ruleset, leaving=True))
+
+
+def _arriving(compiled: Compiled, ruleset: Ruleset) -> tuple[CounterExample, ...]:
+    from fwcompiler.proof.describe import counter_examples
     from fwcompiler.proof.meaning import clauses
     from fwcompiler.proof.prove import prove
 

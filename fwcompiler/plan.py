@@ -12,6 +12,7 @@ from fwcompiler.ports import WITH_PORTS, Ports
 from fwcompiler.proof.access import AccessChange, compare
 from fwcompiler.proof.diagram import StepsExceeded
 from fwcompiler.proof.memberaccess import MemberAccess, compare_members
+from fwcompiler.proof.sending import NO_CHANGE, SendingChange, compare_sending, turned
 from fwcompiler.ruleset import AddressSet, Foreign, InRanges, InSet, Interface, Match, PortIn, Ruleset, Translate, Unknown
 
 MAX_ELEMENTS_SHOWN = 20
@@ -24,7 +25,8 @@ class Plan:
     `replaces` names another backend whose rules are in force and go once these are. `of_others`: `live` is not all that was
     compared; rules that fwc did not write take part, and `access` is about the whole host. `notes`: what to know about it.
     `seen`: the number that the kernel gave the ruleset when `live` was read, where it gives numbers.
-    `members_gained`, `members_lost`: what the dynamic members of groups gain and lose, whoever they are.
+    `members_gained`, `members_lost`: what the dynamic members of groups gain and lose, whoever they are. `sending`: what this host
+    may send, and may not any more.
     `edited`: what somebody changed in `live` since it was applied, in words (see `fwcompiler.drift`).
     """
 
@@ -39,6 +41,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     seen: int | None = None
     edited: tuple[str, ...] = ()
+    sending: SendingChange = NO_CHANGE
 
     @property
     def in_sync(self) -> bool:
@@ -61,8 +64,9 @@ def make_plan(backend: Backend, live: Ruleset, wanted: Ruleset) -> Plan:
     steps = tuple(backend.update(live, wanted, set_changes(live, wanted)) if live else backend.load(wanted))
     access = _access(live, wanted) if steps else AccessChange()
     gained, lost = compare_members(live, wanted) if steps else ((), ())
+    sending = compare_sending(live, wanted) if steps else NO_CHANGE
     notes = tuple(f"fwc never makes this: {what}" for what in live.others)
-    return Plan(live, wanted, steps, access, members_gained=gained, members_lost=lost, notes=notes)
+    return Plan(live, wanted, steps, access, members_gained=gained, members_lost=lost, notes=notes, sending=sending)
 
 
 def _access(live: Ruleset, wanted: Ruleset) -> AccessChange:
@@ -82,7 +86,9 @@ def _access(live: Ruleset, wanted: Ruleset) -> AccessChange:
 
 
 def _matches(ruleset: Ruleset) -> set[Match]:
-    return {m for c in ruleset.chains for r in c.rules for m in r.matches}
+    """What is asked of packets that come in."""
+    sent = {c.name for c in turned(ruleset).chains}
+    return {m for c in ruleset.chains if c.name not in sent for r in c.rules for m in r.matches}
 
 
 def _asks_more(match: Match) -> bool:

@@ -20,11 +20,6 @@ HostName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]
 Kind = Literal["everyone", "loopback", "multicast"]
 Duration = Annotated[str, StringConstraints(pattern=r"^([0-9]{1,6}[smhdw])+$")]
 
-NOT_YET: dict[str, str] = {
-    "egress": "rules for outgoing traffic",
-}
-"""Keys of the language that this version does not compile yet. They are refused, never ignored."""
-
 
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -226,12 +221,40 @@ Sources = Annotated[
 ]
 
 
-class PolicyTest(_Model):
-    """An expectation that every check, diff and apply verifies."""
+class EgressEntry(_Model):
+    """Where this host may send one service's packets, with more to say about it."""
 
-    from_: Sources = Field(alias="from", description="A group, an address, a prefix, a range or `anywhere`.")
+    to: Sources = Field(description="`anywhere`, a group, or a list of groups.")
+    ports: PortsForm | None = Field(default=None, description="The other side's ports, in place of the service's: `[tcp/8443]`.")
+    on: Places | None = Field(default=None, description="Roles or hosts that it is for; left out: every host.")
+
+
+def _egress_form(value: Any) -> str | None:
+    return "<one>" if isinstance(value, str) else "<several>" if isinstance(value, list) else "<full>" if isinstance(value, dict) else None
+
+
+EgressForm = Annotated[
+    Annotated[str, Tag("<one>")] | Annotated[list[str], Tag("<several>"), Field(min_length=1)] | Annotated[EgressEntry, Tag("<full>")],
+    Discriminator(
+        _egress_form, custom_error_type="egress", custom_error_message="`anywhere`, a group, a list of groups, or a mapping with `to`"
+    ),
+]
+
+
+class PolicyTest(_Model):
+    """An expectation that every check, diff and apply verifies: about packets that come `from` somebody, or that `egress` is about."""
+
+    from_: Sources | None = Field(default=None, alias="from", description="A group, an address, a prefix, a range or `anywhere`.")
+    egress: Sources | None = Field(
+        default=None, description="In place of `from`: where this host sends the packets, in the same forms; refused ones are rejected."
+    )
+    from_port: int | None = Field(
+        default=None, ge=1, le=65535, description="With `egress`: the port that this host sends from; left out: one of no service."
+    )
     to: str = Field(description="`udp/5060`, `tcp/10000-20000`, `vrrp`, `icmp` …")
-    expect: Literal["accept", "drop"] = Field(description="The verdict for all of these packets.")
+    expect: Literal["accept", "drop", "reject"] = Field(
+        description="The verdict for all of these packets; what is refused is dropped, and with `egress` rejected."
+    )
     state: Literal["new", "established", "related", "invalid"] = Field(
         default="new", description="Connection tracking state of the packets."
     )
@@ -256,6 +279,11 @@ class Policy(_Model):
     block: Block | None = Field(default=None, description="Sources that are dropped first.")
     trust: list[str] = Field(default_factory=list, description="Groups whose every packet is accepted.")
     services: dict[Name, ServiceEntry] = Field(default_factory=dict, description="What this host offers, and to whom.")
+    egress: list[Annotated[dict[str, EgressForm], Field(min_length=1, max_length=1)]] | None = Field(
+        default=None,
+        min_length=1,
+        description="What this host may send, as in `- sip: carriers`: everything else is rejected. Left out: everything.",
+    )
     tests: list[PolicyTest] = Field(default_factory=list, description="Expectations, verified by every check, diff and apply.")
 
 
@@ -292,9 +320,9 @@ def _report_item(document: Document, report: Report, item: dict[str, Any]) -> No
         return report.error("value", f"`{item['input']}` is not a rate", at, "write 50/s, 10/m burst 20 or 100/h")
     if kind == "string_pattern_mismatch":
         return report.error("value", f"`{item['input']}` is not a duration", at, "write 90s, 30m, 12h or 7d")
-    if kind in ("literal_error", "greater_than_equal", "less_than_equal", "too_short", "string_too_short", "string_too_long"):
+    if kind in ("literal_error", "greater_than_equal", "less_than_equal", "too_short", "too_long", "string_too_short", "string_too_long"):
         return report.error("value", _value_message(item), at, _value_hint(item, path))
-    if kind in ("member", "group", "from", "ports", "sources", "dscp"):
+    if kind in ("member", "group", "from", "ports", "sources", "dscp", "egress"):
         return report.error("type", f"expected {item['msg']}, found {_kind_of(item['input'])}", at)
     expected = _EXPECTED.get(kind, item["msg"][:1].lower() + item["msg"][1:])
     report.error("type", f"`{_readable(path)}` must be {expected}, found {_kind_of(item['input'])}", at, _type_hint(item, path))
@@ -316,11 +344,7 @@ def _report_unknown_key(document: Document, report: Report, path: KeyPath) -> No
     name = str(path[-1])
     at = document.locate(path, key=True)
     known = _keys_at(path[:-1])
-    if name in NOT_YET and name not in known:
-        report.error(
-            "not-yet", f"`{name}` ({NOT_YET[name]}) is not compiled by this version", at, "take it out; nothing is ignored silently"
-        )
-    elif name == "<<":
+    if name == "<<":
         report.error("unknown-key", "YAML merge keys are not part of the policy language", at, "use `include`")
     else:
         report.error(
@@ -342,6 +366,7 @@ def _keys_at(path: KeyPath) -> list[str]:
         "services": ServiceEntry,
         "groups": Group,
         "tests": PolicyTest,
+        "egress": EgressEntry,
         "block": Block,
         "hosts": HostEntry,
         "edge": RtpPlan if path[-1:] == ("rtp",) else Edge,
@@ -372,6 +397,8 @@ def _value_message(item: dict[str, Any]) -> str:
             return f"{value} is above {context['le']}"
         case "string_too_long":
             return f"text is longer than {context['max_length']} characters"
+        case "too_long":
+            return "an entry is about one service, and this one names several"
         case _:
             return "this may not be empty"
 
@@ -379,6 +406,10 @@ def _value_message(item: dict[str, Any]) -> str:
 def _value_hint(item: dict[str, Any], path: KeyPath) -> str:
     if path and path[-1] == "version":
         return "this version of fwc reads `version: 1`"
+    if path == ("egress",):
+        return "an empty list would cut this host off: name what it needs, as in `- dns: resolvers`, or leave `egress` out"
+    if item["type"] == "too_long":
+        return "begin each with a dash of its own"
     if "from" in path and isinstance(item["input"], str):
         return did_you_mean(item["input"], ["anywhere"]) or f"a group is named in a list: [{item['input']}]"
     if item["type"] == "literal_error" and isinstance(item["input"], str):
@@ -390,6 +421,8 @@ _FORMS = {"timeout": "write 90s, 30m, 12h or 7d", "rtp": "write 10000-14999", "t
 
 
 def _type_hint(item: dict[str, Any], path: KeyPath) -> str:
+    if path == ("egress",):
+        return "write a list of services with where they may be asked: `- dns: resolvers`"
     if item["type"] == "list_type" and item["input"] == "anywhere":
         return "name groups here; what is open to anywhere is said at a service"
     if item["type"] == "list_type" and isinstance(item["input"], str):

@@ -66,6 +66,25 @@ def parse_ports(text: str) -> Ports:
     return Ports(protocol, (parse_port_range(spec),))
 
 
+def parse_service_ports(text: str, standard: tuple[Ports, ...]) -> list[Ports]:
+    """Read what a service says of its ports: `udp/5080`, or `5080` alone where its ``standard`` ports tell the protocol.
+
+    Raises:
+        PortError: it is neither.
+    """
+    if "/" in text or not text[:1].isdigit():
+        ports = parse_ports(text)
+        if ports.protocol in ("icmp", "icmpv6"):
+            raise PortError("port", f"{ports.protocol} is no service: a host cannot do without it", "fwc accepts what is needed, and ping")
+        return [ports]
+    protocols = sorted({p.protocol for p in standard if p.protocol in WITH_PORTS})
+    if not protocols:
+        parse_port_range(text)
+        raise PortError("port", f"`{text}` does not say which protocol", f"write tcp/{text} or udp/{text}")
+    span = parse_port_range(text)
+    return [Ports(protocol, (span,)) for protocol in protocols]
+
+
 def parse_port_range(text: str) -> Range:
     """Read ``5060`` or ``10000-20000``.
 

@@ -12,6 +12,7 @@ from fwcompiler.proof.access import LOOPBACK_ADDRESSES, SENDERS, Access
 from fwcompiler.proof.describe import packet_text
 from fwcompiler.proof.meaning import Explanation
 from fwcompiler.proof.memberaccess import MemberAccess
+from fwcompiler.proof.sending import Sending, SendingChange
 from fwcompiler.resolve import Resolved, ResolvedTest
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
         ExplainShape,
         FindingShape,
         MemberAccessShape,
+        SendingChangeShape,
+        SendingShape,
         TestShape,
         TestsShape,
         UncertainShape,
@@ -69,10 +72,27 @@ def diff_json(plan: Plan) -> DiffShape:
         "lost": [access_json(a) for a in plan.access.lost],
         "uncertain": [*_uncertain("gained", plan.access.perhaps_gained), *_uncertain("lost", plan.access.perhaps_lost)],
         "dynamic": [*_dynamic("gained", plan.members_gained), *_dynamic("lost", plan.members_lost)],
+        "egress": sending_json(plan.sending),
         "changes": list(plan.changes(whole=True)),
         "edited": list(plan.edited),
         "notes": list(plan.notes),
     }
+
+
+def sending_json(change: SendingChange) -> SendingChangeShape:
+    """What this host may send, and may not any more."""
+    return {
+        "gained": [_sending(each) for each in change.gained],
+        "lost": [_sending(each) for each in change.lost],
+        "dynamic": [*_dynamic("gained", change.members_gained), *_dynamic("lost", change.members_lost)],
+    }
+
+
+def _sending(sending: Sending) -> SendingShape:
+    shape: SendingShape = {"at": sending.as_access().sources(), "to": sending.to, "service": sending.service}
+    if sending.from_port:
+        shape["from_port"] = sending.from_port
+    return shape
 
 
 def _dynamic(change: Literal["gained", "lost"], parts: Iterable[MemberAccess]) -> list[MemberAccessShape]:
@@ -149,10 +169,10 @@ def tests_json(found: Sequence[tuple[ResolvedTest, str]]) -> TestsShape:
     """The shape of `test --json`."""
     rows: list[TestShape] = [
         {
-            "from": test.source,
-            "to": str(test.ports),
+            "from": "this host" if test.leaving else test.source,
+            "to": f"{test.source} {test.ports}" if test.leaving else str(test.ports),
             "state": test.state,
-            "expect": "accept" if test.expect == "accept" else "drop",
+            "expect": test.expect,
             "passed": not wrong,
             "message": wrong,
             "at": str(test.at),
@@ -166,7 +186,7 @@ def tests_text(found: Sequence[tuple[ResolvedTest, str]]) -> str:
     """A line a test; where one is not met, what happens instead."""
     lines = []
     for test, wrong in found:
-        what = f"{test.expect} from {test.source} to {test.ports}" + (f", {test.state}" if test.state != "new" else "")
+        what = f"{test.expect} {test.words()}" + (f", {test.state}" if test.state != "new" else "")
         lines.append(f"{'FAILED' if wrong else 'ok    '}  {test.at}: {what}" + (f", but {wrong}" if wrong else ""))
     failed = sum(bool(wrong) for _, wrong in found)
     return "\n".join([*lines, f"{len(found) - failed} passed, {failed} failed"])
@@ -185,18 +205,20 @@ def diff_text(plan: Plan, policy: Resolved | None, *, color: bool, whole: bool =
     if plan.edited:
         lines.append(f"{bold}changed by hand since it was applied{off}")
         lines += _first_lines(plan.edited, whole=whole)
-    access = plan.access
-    for title, sign, may, parts, members in (
-        ("access gained", f"{green}+{off}", "may reach", access.gained, plan.members_gained),
-        ("access lost", f"{red}-{off}", "may no longer reach", access.lost, plan.members_lost),
-        ("access perhaps gained", f"{green}?{off}", "may reach", access.perhaps_gained, ()),
-        ("access perhaps lost", f"{red}?{off}", "may no longer reach", access.perhaps_lost, ()),
+    plus, minus = f"{green}+{off}", f"{red}-{off}"
+    access, more, less = plan.access, *sending_lines(plan.sending, policy, plus, minus)
+    for title, sign, may, parts, members, sent in (
+        ("access gained", plus, "may reach", access.gained, plan.members_gained, more),
+        ("access lost", minus, "may no longer reach", access.lost, plan.members_lost, less),
+        ("access perhaps gained", f"{green}?{off}", "may reach", access.perhaps_gained, (), ()),
+        ("access perhaps lost", f"{red}?{off}", "may no longer reach", access.perhaps_lost, (), ()),
     ):
-        if parts or members:
+        if parts or members or sent:
             lines.append(f"{bold}{title}{off}")
             lines += [f"  {text}" for text in access_lines(parts, policy, sign, may)]
             lines += [f"  {text}" for text in _member_lines(members, policy, sign, may)]
-    if not access and not plan.members_gained and not plan.members_lost:
+            lines += [f"  {text}" for text in sent]
+    if not access and not plan.members_gained and not plan.members_lost and not plan.sending:
         lines.append(("by its rules alone, " if plan.live.others else "") + "no new connection gains or loses access")
     if not plan.steps and not plan.replaces:
         return "\n".join(lines)
@@ -242,6 +264,36 @@ def access_lines(parts: Iterable[Access], policy: Resolved | None, sign: str, ma
         where = f" of {_host_name(at, policy)}" if at else ""
         on = f"; it depends on {_cut('; '.join(depends))}" if depends else ""
         yield f"{who} {may} {service + ' ' if service else ''}{', '.join(ports)}{where}{on}"
+
+
+def sending_lines(change: SendingChange, policy: Resolved | None, plus: str, minus: str) -> tuple[list[str], list[str]]:
+    """What this host may send, and what it may not any more; where everything was open, or is now, that in one line."""
+    more = [f"{plus} this host may reach {text}" for text in _sent_texts(change.gained, policy)]
+    less = [f"{minus} this host may no longer reach {text}" for text in _sent_texts(change.lost, policy)]
+    for members, lines, start in (
+        (change.members_gained, more, f"{plus} this host may"),
+        (change.members_lost, less, f"{minus} this host may no longer"),
+    ):
+        lines += [f"{start} reach dynamic members of {m.group}: {m.service + ' ' if m.service else ''}{m.to}" for m in members]
+    if change.left is not None and change.lost:
+        less = [f"{minus} this host may no longer reach anything else than", *(f"    {text}" for text in _sent_texts(change.left, policy))]
+    if change.opened and change.gained:
+        more = [f"{plus} this host may reach everything"]
+    return more, less
+
+
+def _sent_texts(parts: Iterable[Sending], policy: Resolved | None) -> Iterator[str]:
+    """`carriers: sip udp/5060`, one line for all ports of a service at the same addresses."""
+    together: dict[tuple[str, str | None], list[str]] = {}
+    for part in parts:
+        access = part.as_access()
+        who = _who(access, policy)
+        inside = "" if who in (policy.groups if policy else ()) else _inside(access, policy)
+        where = f"{who} ({inside.removesuffix(': ')})" if inside else who
+        together.setdefault((where, part.service), []).append(f"{part.to} from port {part.from_port}" if part.from_port else part.to)
+    for (where, service), ports in together.items():
+        named = f"{service} " if service and not any(service == each.partition("/")[0] or service == each for each in ports) else ""
+        yield f"{where}: {named}{', '.join(ports)}"
 
 
 def _host_name(address: str, policy: Resolved | None) -> str:

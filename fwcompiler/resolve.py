@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from datetime import date
 from itertools import combinations
 from pathlib import Path
+from typing import Literal
 
 from fwcompiler.addresses import EVERYONE, LOOPBACK, NOBODY, AddressError, Addresses, parse_entry
 from fwcompiler.asterisk import Disk, Problem, read_configuration, rtp_ports
@@ -18,11 +19,12 @@ from fwcompiler.catalogue import CATALOGUE, RESPONDER_PORT, Class
 from fwcompiler.diagnostics import Position, Report, did_you_mean
 from fwcompiler.durations import seconds
 from fwcompiler.edge import RTP, EdgePlan, ResolvedEdge, read_plan, resolved_edge
+from fwcompiler.egress import EgressReader, Known, Outlet, ResolvedEgress, destinations, entries
 from fwcompiler.fleet import CLUSTER, ROLES, ResolvedHost, cluster_entries, offers, read_hosts
 from fwcompiler.lists import AddressList, read_list
 from fwcompiler.options import NO_OPTIONS, Options, OptionsReader, refuse_bypass
-from fwcompiler.policy import AddressEntry, Group, ListFile, Member, Policy, PolicyTest, ServiceEntry
-from fwcompiler.ports import WITH_PORTS, PortError, Ports, joined, overlap, parse_port_range, parse_ports
+from fwcompiler.policy import AddressEntry, EgressEntry, EgressForm, Group, ListFile, Member, Policy, PolicyTest, ServiceEntry
+from fwcompiler.ports import PortError, Ports, joined, overlap, parse_ports, parse_service_ports
 from fwcompiler.ruleset import BUILT_IN
 from fwcompiler.source import Document, KeyPath, read_file
 
@@ -108,14 +110,25 @@ class ResolvedBlock:
 
 @dataclass(frozen=True, slots=True)
 class ResolvedTest:
-    """An expectation with its addresses and ports; ``source`` as the policy spells it."""
+    """An expectation with its addresses and ports; ``source`` as the policy spells it.
+
+    ``leaving``: about what this host sends, from the port ``from_port`` (0: one of no service); the addresses are where to then.
+    """
 
     source: str
     addresses: Addresses
     ports: Ports
-    expect: str
+    expect: Literal["accept", "drop", "reject"]
     state: str
     at: Position
+    leaving: bool = False
+    from_port: int = 0
+
+    def words(self) -> str:
+        """`from carriers to udp/5060`, or what it says of outgoing packets."""
+        if not self.leaving:
+            return f"from {self.source} to {self.ports}"
+        return f"from this host{f' port {self.from_port}' if self.from_port else ''} to {self.source} at {self.ports}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +136,7 @@ class Resolved:
     """A whole policy for one host, names resolved.
 
     `services` are those of this host; what an edge forwards is in `edge`. `named`: the groups that services of any host name.
+    Without `egress` it may send everything.
     """
 
     name: str
@@ -136,6 +150,7 @@ class Resolved:
     edge: ResolvedEdge | None = None
     plan: EdgePlan | None = None
     named: tuple[str, ...] = ()
+    egress: ResolvedEgress | None = None
 
     def lists(self) -> Iterator[tuple[str, AddressList]]:
         """Every list file with a key that names it over time: its group and its path."""
@@ -177,7 +192,8 @@ def resolve(policy: Policy, document: Document, report: Report, *, today: date, 
     tests = tuple(t for i, test in enumerate(policy.tests) if (t := stage.test(test, ("tests", i), groups, everything, here)))
     at = document.locate(("trust",), key=True) if trust else None
     named = tuple(dict.fromkeys(g for s in everything for g in (*(s.groups or ()), *s.options.plain)))
-    return Resolved(policy.name, groups, services, trust, at, block, tests, here, ours, plan, named)
+    egress = stage.egress(everything, services, here)
+    return Resolved(policy.name, groups, services, trust, at, block, tests, here, ours, plan, named, egress)
 
 
 class _Stage:
@@ -282,7 +298,7 @@ class _Stage:
         if name in RESERVED:
             self.report.error("name", f"`{name}` is a name that fwc uses itself", at, "choose another one")
 
-    def known_groups(self, names: Iterable[str], path: KeyPath) -> tuple[str, ...]:
+    def known_groups(self, names: Iterable[str], path: KeyPath, alone: str = "from: anywhere") -> tuple[str, ...]:
         """The names that are groups; others are reported at their place."""
         good: list[str] = []
         for i, name in enumerate(names):
@@ -290,7 +306,7 @@ class _Stage:
             if name in self.names:
                 good.append(name)
             elif name == "anywhere":
-                self.report.error("group-unknown", "`anywhere` stands alone: it cannot be one of several groups", at, "from: anywhere")
+                self.report.error("group-unknown", "`anywhere` stands alone: it cannot be one of several groups", at, alone)
             else:
                 hint = did_you_mean(name, self.names) or (
                     "addresses are listed in a group, and the group is named here" if any(c in name for c in ".:/") else ""
@@ -322,7 +338,7 @@ class _Stage:
         early = groups is not None and not (known and known.asks)
         return ResolvedService(name, ports, kind, groups, at, early, entry.expose or "")
 
-    def _check_places(self, entry: ServiceEntry, path: KeyPath) -> None:
+    def _check_places(self, entry: ServiceEntry | EgressEntry, path: KeyPath) -> None:
         """`on` names roles and hosts."""
         for i, place in enumerate([entry.on] if isinstance(entry.on, str) else entry.on or ()):
             if place not in ROLES and place not in self.hosts:
@@ -383,7 +399,7 @@ class _Stage:
         for i, item in enumerate(items):
             at = self.document.locate((*path, "ports", i) if isinstance(entry.ports, list) else (*path, "ports"))
             try:
-                found.extend(self._port_item(str(item), known.ports if known else ()))
+                found.extend(parse_service_ports(str(item), known.ports if known else ()))
             except PortError as error:
                 self.report.error(error.code, error.message, at, error.hint)
         return joined(found)
@@ -412,24 +428,36 @@ class _Stage:
                 self.report.warn("file-format", note.message, note.at)
         return (Ports("udp", ((found.first, found.last),)),)
 
-    def _port_item(self, text: str, standard: tuple[Ports, ...]) -> list[Ports]:
-        """`udp/5080`, or `5080` alone where the catalogue knows the protocol."""
-        if "/" in text or not text[:1].isdigit():
-            ports = parse_ports(text)
-            if ports.protocol in ("icmp", "icmpv6"):
-                raise PortError(
-                    "port", f"{ports.protocol} is no service: a host cannot do without it", "fwc accepts what is needed, and ping"
-                )
-            return [ports]
-        protocols = sorted({p.protocol for p in standard if p.protocol in WITH_PORTS})
-        if not protocols:
-            parse_port_range(text)
-            raise PortError("port", f"`{text}` does not say which protocol", f"write tcp/{text} or udp/{text}")
-        span = parse_port_range(text)
-        return [Ports(protocol, (span,)) for protocol in protocols]
-
     def _key(self, path: KeyPath) -> Position:
         return self.document.locate(path, key=True)
+
+    def egress(
+        self, everything: tuple[ResolvedService, ...], services: tuple[ResolvedService, ...], here: ResolvedHost | None
+    ) -> ResolvedEgress | None:
+        """What this host may send, or None where the policy does not restrict it."""
+        if self.policy.egress is None:
+            return None
+        known = Known({s.name: s.ports for s in everything}, {s.name: s.ports for s in services})
+        reader = EgressReader(self.document, self.report, known)
+        found = [self._outlet(reader, name, form, path, here) for path, name, form in entries(self.policy.egress)]
+        return ResolvedEgress(tuple(each for each in found if each), self._key(("egress",)))
+
+    def _outlet(self, reader: EgressReader, name: str, form: EgressForm, path: KeyPath, here: ResolvedHost | None) -> Outlet | None:
+        """One entry, or None where it is broken, or for other hosts."""
+        ports = reader.ports(name, form, path)
+        where, below = destinations(form)
+        groups = (
+            None
+            if where == "anywhere"
+            else self.known_groups([where] if isinstance(where, str) else where, (*path, *below), f"{name}: anywhere")
+        )
+        on = form.on if isinstance(form, EgressEntry) else None
+        if isinstance(form, EgressEntry):
+            self._check_places(form, path)
+        if ports is None or groups == () or (on is not None and not offers(here, name, [on] if isinstance(on, str) else on)):
+            return None
+        multicast = CATALOGUE[name].multicast if name in CATALOGUE and groups is not None else NOBODY
+        return Outlet(name, *ports, groups, self._key(path), multicast)
 
     def block(self, services: tuple[ResolvedService, ...]) -> ResolvedBlock | None:
         """The block list with its exceptions: by default every group that a service names."""
@@ -460,6 +488,8 @@ class _Stage:
             return None
         if here is None or test.host:
             return found if here is None or test.host == here.name else None
+        if found.leaving:
+            return found
         where = [h for h in self.hosts.values() if self._answers(h, found.ports, everything)]
         return found if test.expect == "drop" or here in where or not where else None
 
@@ -472,21 +502,41 @@ class _Stage:
         return to.protocol in ("icmp", "icmpv6") or any(overlap(p, to) for s in services for p in s.ports)
 
     def _read_test(self, test: PolicyTest, path: KeyPath, groups: Mapping[str, ResolvedGroup]) -> ResolvedTest | None:
-        sources = [test.from_] if isinstance(test.from_, str) else test.from_
+        key = self._about(test, path)
+        said = test.from_ if key == "from" else test.egress
+        if said is None:
+            return None
+        sources = [said] if isinstance(said, str) else said
         addresses = NOBODY
         try:
             for source in sources:
                 addresses = addresses | self._test_source(source, groups)
             ports = parse_ports(test.to)
         except AddressError as error:
-            self.report.error(error.code, error.message, self.document.locate((*path, "from")), error.hint)
+            self.report.error(error.code, error.message, self.document.locate((*path, key)), error.hint)
             return None
         except PortError as error:
             self.report.error(error.code, error.message, self.document.locate((*path, "to")), error.hint)
             return None
         if not addresses and not self.report.failed:
-            self.report.error("policy-test", f"`{', '.join(sources)}` has no fixed address to test", self.document.locate((*path, "from")))
-        return ResolvedTest(", ".join(sources), addresses, ports, test.expect, test.state, self.document.locate(path))
+            self.report.error("policy-test", f"`{', '.join(sources)}` has no fixed address to test", self.document.locate((*path, key)))
+        at, leaving = self.document.locate(path), key == "egress"
+        return ResolvedTest(", ".join(sources), addresses, ports, test.expect, test.state, at, leaving, test.from_port or 0)
+
+    def _about(self, test: PolicyTest, path: KeyPath) -> str:
+        """The key that says which packets a test is about, with what does not go with it."""
+        at = self.document.locate(path)
+        if test.from_ is None and test.egress is None:
+            self.report.error("required", "`from` is missing", at, "say `from:` or, for what this host sends, `egress:`")
+        elif test.from_ is not None and test.egress is not None:
+            self.report.error("value", "a test is about packets that come in, or about some that go out", at, "make two tests of it")
+        refused = "drop" if test.from_ is not None else "reject"
+        if test.expect not in ("accept", refused):
+            hint = f"what comes in is dropped, what this host sends is rejected: `expect: {refused}`"
+            self.report.error("value", f"`{test.expect}` is not what becomes of these", self.document.locate((*path, "expect")), hint)
+        if test.from_port is not None and test.egress is None:
+            self.report.error("value", "`from_port` belongs to `egress`", self.document.locate((*path, "from_port"), key=True))
+        return "egress" if test.from_ is None else "from"
 
     def _test_source(self, source: str, groups: Mapping[str, ResolvedGroup]) -> Addresses:
         if source == "anywhere":

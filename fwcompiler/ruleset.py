@@ -225,7 +225,7 @@ Match = (
 
 
 class Final(Enum):
-    """Verdicts that end a packet's way through a chain."""
+    """Verdicts that end a packet's way through a chain. A rejected packet is answered: administratively prohibited."""
 
     ACCEPT = "accept"
     DROP = "drop"

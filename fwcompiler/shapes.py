@@ -51,10 +51,31 @@ class MemberAccessShape(TypedDict):
     at: NotRequired[str]
 
 
+class SendingShape(TypedDict):
+    """What this host may send: `at` prefixes, ranges or `anywhere`, `to` a protocol with the port or range there.
+
+    With `from_port`, `to` is a protocol alone, and which packets are meant is said by this host's own port.
+    """
+
+    at: list[str]
+    to: str
+    service: str | None
+    from_port: NotRequired[str]
+
+
+class SendingChangeShape(TypedDict):
+    """What this host may send after a change and could not before, and the other way round; `dynamic`: to members at run time."""
+
+    gained: list[SendingShape]
+    lost: list[SendingShape]
+    dynamic: list[MemberAccessShape]
+
+
 class DiffShape(TypedDict):
     """`diff --json` and `apply --dry-run --json`. `gained` and `lost` are certain, `uncertain` may be either way.
 
     These speak of addresses that are written down; `dynamic` says what members of groups at run time gain and lose.
+    `egress` is about what this host sends.
 
     `notes` says what was not compared, what of a listing was not understood, and, against the live rules, what rules of others
     change. `edited` says what somebody changed in our rules since they were applied.
@@ -65,6 +86,7 @@ class DiffShape(TypedDict):
     lost: list[AccessShape]
     uncertain: list[UncertainShape]
     dynamic: list[MemberAccessShape]
+    egress: SendingChangeShape
     changes: list[str]
     edited: list[str]
     notes: list[str]
@@ -220,7 +242,7 @@ class VerifyShape(TypedDict):
 
 TestShape = TypedDict(
     "TestShape",
-    {"from": str, "to": str, "state": str, "expect": Literal["accept", "drop"], "passed": bool, "message": str, "at": str},
+    {"from": str, "to": str, "state": str, "expect": Literal["accept", "drop", "reject"], "passed": bool, "message": str, "at": str},
 )
 
 

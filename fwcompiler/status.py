@@ -126,7 +126,8 @@ def _members(host: Host, live: Ruleset) -> dict[str, list[MemberShape]]:
 def _rows(found: StatusShape) -> Iterator[tuple[str, str, str]]:
     """Packets by service, the verdicts side by side."""
     for service, verdicts in found["counters"].items():
-        accepted, dropped = (str(verdicts[v]["packets"]) if v in verdicts else "-" for v in ("accept", "drop"))
+        refused = "reject" if "reject" in verdicts else "drop"
+        accepted, dropped = (str(verdicts[v]["packets"]) if v in verdicts else "-" for v in ("accept", refused))
         yield service, accepted, dropped
 
 

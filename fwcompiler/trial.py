@@ -26,6 +26,7 @@ from fwcompiler.members import Event, Journal, group_of, with_members
 from fwcompiler.pipeline import Host, observe, recorded, target
 from fwcompiler.plan import Plan, make_plan, with_static
 from fwcompiler.proof.access import compare
+from fwcompiler.proof.sending import compare_sending
 from fwcompiler.records import Found, Generation, Trial
 from fwcompiler.registry import load
 from fwcompiler.ruleset import AddressSet, Ruleset
@@ -181,11 +182,17 @@ def go_back(host: Host, trial: Trial, why: str) -> None:
         after = observe(here)
         if not make_plan(backend, after, before).in_sync if before else bool(after):
             raise HostRefused(f"{backend.name}: the kernel lists other rules than before the trial")
-        failed = connections.end(connections.lost_access(now, after, compare(now, after)), host.namespace) if after else ""
-        if failed:
+        for failed in _end_connections(now, after, host) if after else ():
             syslog.syslog(syslog.LOG_WARNING, f"fwc: {failed}")
     host.state.end_trial(trial, why)
     disarm(trial)
+
+
+def _end_connections(now: Ruleset, after: Ruleset, host: Host) -> Iterator[str]:
+    failed = [connections.end(connections.lost_access(now, after, compare(now, after)), host.namespace)]
+    if compare_sending(now, after).lost:
+        failed.append(connections.end_sent(now, after, host.namespace))
+    yield from filter(None, failed)
 
 
 def _before(host: Host, trial: Trial) -> Iterator[tuple[Backend, Ruleset]]:

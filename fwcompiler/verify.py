@@ -16,6 +16,7 @@ from fwcompiler.proof.diagram import StepsExceeded
 from fwcompiler.proof.edge import explain_packet
 from fwcompiler.proof.fields import Packet
 from fwcompiler.proof.host import of_host
+from fwcompiler.proof.leaving import HOOK
 from fwcompiler.proof.prove import FAMILIES, differ
 from fwcompiler.registry import installed, load
 from fwcompiler.ruleset import AHEAD, Ruleset
@@ -72,7 +73,7 @@ def _policy_says(compiled: Compiled, packet: Packet) -> str:
 
 def _strange(live: Ruleset, wanted: Ruleset) -> list[str]:
     """What is among ours and outside of what the proof is about: it would be wrong to call that equal."""
-    proven = {"input", "prerouting", *(c.hook.name for c in wanted.chains if c.hook)}
+    proven = {"input", "prerouting", HOOK, *(c.hook.name for c in wanted.chains if c.hook)}
     elsewhere = [f"chain {c.name} hangs at the hook {c.hook.name}" for c in live.chains if c.hook and c.hook.name not in proven]
     # What stands ahead of our call is composed with ours like all rules of others.
     return [*(f"fwc never makes this: {what}" for what in live.others if not what.startswith(AHEAD)), *elsewhere]
@@ -97,5 +98,9 @@ def verify_backends(compiled: Compiled) -> Verified:
 
 
 def _differences(first: Ruleset, second: Ruleset) -> list[str]:
-    found = (differ(of_host(first, version), of_host(second, version), version) for version in FAMILIES)
-    return [f"{box_text(d.space, box)}: {' and '.join(box.verdicts)}" for d in found if d for box in d.boxes[:MAX_SHOWN]]
+    texts: list[str] = []
+    for hook in ("input", HOOK):
+        found = (differ(of_host(first, version, hook), of_host(second, version, hook), version) for version in FAMILIES)
+        boxes = ((d.space, box) for d in found if d for box in d.boxes[:MAX_SHOWN])
+        texts += [f"{box_text(space, box, leaving=hook == HOOK)}: {' and '.join(box.verdicts)}" for space, box in boxes]
+    return texts

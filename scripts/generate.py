@@ -13,7 +13,7 @@ from pydantic import BaseModel, Discriminator, Tag
 
 from fwcompiler import policy
 from fwcompiler.audit.findings import CODES as AUDIT_CODES
-from fwcompiler.catalogue import CATALOGUE
+from fwcompiler.catalogue import ASKED, CATALOGUE
 from fwcompiler.commands import registered
 from fwcompiler.diagnostics import CODES
 from fwcompiler.schemas import SCHEMAS, text
@@ -31,6 +31,7 @@ MODELS: tuple[type[BaseModel], ...] = (
     policy.HostEntry,
     policy.Edge,
     policy.RtpPlan,
+    policy.EgressEntry,
     policy.PolicyTest,
 )
 
@@ -57,18 +58,19 @@ def policy_page() -> Iterator[str]:
             default = "required" if field.is_required() else _default(field)
             yield f"| `{field.alias or name}` | {_type(field.annotation)} | {default} | {field.description} |"
         yield ""
-    yield "## Keys that this version refuses\n\nThey belong to the language, and are refused rather than ignored.\n"
-    yield "| key | what it is for |\n|---|---|"
-    yield from (f"| `{key}` | {what} |" for key, what in policy.NOT_YET.items())
-    yield ""
 
 
 def _title(model: type[BaseModel]) -> str:
     return {"Policy": "The file", "ListFile": "A list file as member", "AddressEntry": "An address as member"}.get(
         model.__name__,
-        {"ServiceEntry": "A service", "PolicyTest": "A test", "Group": "A group", "HostEntry": "A host", "RtpPlan": "`edge.rtp`"}.get(
-            model.__name__, f"`{model.__name__.lower()}`"
-        ),
+        {
+            "ServiceEntry": "A service",
+            "PolicyTest": "A test",
+            "EgressEntry": "An entry of `egress`",
+            "Group": "A group",
+            "HostEntry": "A host",
+            "RtpPlan": "`edge.rtp`",
+        }.get(model.__name__, f"`{model.__name__.lower()}`"),
     )
 
 
@@ -105,7 +107,18 @@ def services_page() -> Iterator[str]:
         ports = ", ".join(t for p in service.ports for t in p.texts())
         late = " Decided after the established rule." if service.asks else ""
         yield f"| `{service.name}` | {ports} | {service.kind} | {', '.join(service.roles) or 'all'} | {service.about}{late} |"
+    yield "\n## Names for `egress`\n"
+    yield "An entry names one of the services above, one of the policy's own, one of these, or a port as in `tcp/8443`."
+    yield f"{_told('either')} are told by the port at either end, {_told('here')} by this host's own port: the other side may have any."
+    yield "All others are told by the port that the packets go to.\n"
+    yield "| name | ports | what it is |\n|---|---|---|"
+    for name, (several, about) in ASKED.items():
+        yield f"| `{name}` | {', '.join(t for p in several for t in p.texts())} | {about} |"
     yield ""
+
+
+def _told(end: str) -> str:
+    return " and ".join(f"`{s.name}`" for s in CATALOGUE.values() if s.end == end)
 
 
 def commands_page() -> Iterator[str]:

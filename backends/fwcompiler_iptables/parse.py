@@ -51,14 +51,13 @@ from fwcompiler.ruleset import (
     sent_on,
 )
 from fwcompiler_iptables.others import Others, after
-from fwcompiler_iptables.render import PROTOCOL_NUMBER, SET_PREFIX, neutral_set, quote, twin_name
+from fwcompiler_iptables.render import PROTOCOL_NUMBER, REJECT_WITH, SET_PREFIX, neutral_set, quote, twin_name
 from fwcompiler_iptables.tables import BUILT_IN, CHAIN_PREFIX, ahead_text, hook_of, joined, neutral_chain, split
 
 ALONE = "a table that holds nothing else"
 """Marks, as the origin of our jump, that nothing in the family's table is anybody else's. No part of equality."""
 
 _FINALS = {"ACCEPT": Final.ACCEPT, "DROP": Final.DROP, "RETURN": Final.RETURN}
-_REJECT = {4: "icmp-port-unreachable", 6: "icmp6-port-unreachable"}
 _UNITS: dict[str, Literal["second", "minute", "hour", "day"]] = {"sec": "second", "min": "minute", "hour": "hour", "day": "day"}
 _DEFAULT_BURST = 5  # iptables-extensions(8), limit: not printed when it is the default
 PROTOCOL_NAMES = {
@@ -423,7 +422,7 @@ class _Reader:
             self.verdict = self._translation(name, rest)
         elif name == "REJECT":
             self.verdict = Final.REJECT
-            if list(rest) != ["--reject-with", _REJECT[self.version]]:
+            if list(rest) != ["--reject-with", REJECT_WITH[self.version]]:
                 self.matches.append(Unknown(_text(rest)))
         elif name == "LOG" and len(rest) == 2 and rest[0] == "--log-prefix":
             self.log_prefix = rest[1]

@@ -65,6 +65,8 @@ MAXELEM = 1 << 24
 """The most elements a static set may hold: only a limit, it costs no memory."""
 
 PROTOCOL_NUMBER = {"tcp": 6, "udp": 17}
+REJECT_WITH = {4: "icmp-admin-prohibited", 6: "icmp6-adm-prohibited"}
+"""RFC 1812, section 5.2.7.1, and RFC 4443: a firewall says so, and no server does."""
 ICMP = {4: ("icmp", "icmp", "--icmp-type"), 6: ("ipv6-icmp", "icmp6", "--icmpv6-type")}
 _SECONDS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400}
 _TIMEOUT_MAX = 2147483
@@ -161,7 +163,7 @@ def _target(rule: Rule, version: int) -> list[Option]:
         case Final.REJECT if any(isinstance(m, Unknown) and m.text.startswith("--reject-with") for m in rule.matches):
             return [(_TARGET, "-j REJECT")]
         case Final.REJECT:
-            return [(_TARGET, f"-j REJECT --reject-with {'icmp' if version == 4 else 'icmp6'}-port-unreachable")]
+            return [(_TARGET, f"-j REJECT --reject-with {REJECT_WITH[version]}")]
         case Final():
             return [(_TARGET, f"-j {rule.verdict.name}")]
         case Untrack():

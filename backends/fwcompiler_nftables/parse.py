@@ -308,7 +308,7 @@ def _verdict(expression: Json) -> Verdict:
     match next(iter(expression.items())):
         case ("accept" | "drop" | "return" as word, _):
             return Final(word)
-        case ("reject", {"type": "icmpx" | "icmp" | "icmpv6", "expr": "port-unreachable"}):
+        case ("reject", {"type": "icmpx" | "icmp" | "icmpv6", "expr": "admin-prohibited"}):
             return Final.REJECT
         case ("notrack", _):
             return Untrack()

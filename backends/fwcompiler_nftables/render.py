@@ -148,7 +148,7 @@ def verdict_text(verdict: Verdict) -> str:
     """`accept`, `goto service.sip`."""
     match verdict:
         case Final():
-            return verdict.value
+            return "reject with icmpx admin-prohibited" if verdict is Final.REJECT else verdict.value
         case Goto(chain):
             return f"goto {chain}"
         case Jump(chain):

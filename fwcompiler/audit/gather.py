@@ -38,7 +38,7 @@ from fwcompiler.pipeline import Compiled, Host, plan
 from fwcompiler.plan import Plan
 from fwcompiler.proof.diagram import StepsExceeded
 from fwcompiler.registry import load
-from fwcompiler.report import access_lines
+from fwcompiler.report import access_lines, sending_lines
 from fwcompiler.ruleset import Ruleset
 
 if TYPE_CHECKING:
@@ -252,9 +252,12 @@ class _Gatherer:
         return self._try("drift", lambda: plan(self._compiled, host)[0]) if host is not None else None
 
     def _drift(self, planned: Plan) -> Drift:
+        more, less = sending_lines(planned.sending, self._policy, "+", "-")
         access = [
             *access_lines(planned.access.gained, self._policy, "+", "would reach"),
             *access_lines(planned.access.lost, self._policy, "-", "would no longer reach"),
+            *more,
+            *less,
         ]
         return Drift(bool(planned.live), planned.in_sync, planned.changes(), tuple(access))
 

@@ -32,10 +32,16 @@ def status(context: typer.Context, full: Full = False) -> int:
 @app.command()
 def explain(
     context: typer.Context,
-    source: Annotated[str, typer.Option("--from", metavar="ADDR", help="Source address.")],
     to: Annotated[str, typer.Option("--to", help="Protocol and port: udp/5060.")],
+    source: Annotated[
+        str | None, typer.Option("--from", metavar="ADDR", help="Source address; left out: a packet that this host sends to --to-addr.")
+    ] = None,
     to_addr: Annotated[str | None, typer.Option("--to-addr", metavar="ADDR", help="Destination; default: an address of this host.")] = None,
     interface: Annotated[str | None, typer.Option("--in", metavar="NAME", help="Input interface; default: eth0, or an edge's wan.")] = None,
+    out: Annotated[
+        str | None, typer.Option("--out", metavar="NAME", help="Output interface of a packet that this host sends; default: eth0.")
+    ] = None,
+    from_port: Annotated[int | None, typer.Option("--from-port", min=1, max=65535, help="The port that this host sends from.")] = None,
     state: Annotated[str, typer.Option(help="new, established, related, invalid or untracked.")] = "new",
     live: Annotated[bool, typer.Option("--live", help="Ask the loaded ruleset, and say where it and the policy part.")] = False,
     listing: Annotated[
@@ -44,12 +50,20 @@ def explain(
     policy: Annotated[str | None, typer.Argument(metavar="POLICY", help="The policy file; none with --listing.")] = None,
 ) -> int:
     """Say what happens to one packet, and why, with the policy line."""
-    from fwcompiler.explain import explain_listing, explain_live, packet_from
+    from fwcompiler.explain import explain_listing, explain_live, packet_from, packet_sent
     from fwcompiler.proof.edge import explain_packet
     from fwcompiler.report import explain_json
 
     options: Options = context.obj
-    packet = packet_from(source, to, to_addr, interface or "eth0", state)
+    if source is None or out is not None:
+        if to_addr is None or interface is not None:
+            hint = "--from ADDR for one that comes in; --to-addr ADDR, without --in, for one that this host sends"
+            raise UsageError("which packet is meant?", hint=hint)
+        packet = packet_sent(to, to_addr, source, out or "eth0", state, from_port)
+    elif from_port is not None:
+        raise UsageError("--from-port belongs to packets that this host sends", hint="leave --from out, and say --to-addr")
+    else:
+        packet = packet_from(source, to, to_addr, interface or "eth0", state)
     if listing is not None:
         if policy is not None or live:
             raise UsageError("--listing asks a file and nothing else", hint="leave the policy and --live out")
@@ -62,7 +76,7 @@ def explain(
     if policy is None:
         raise UsageError("Missing argument 'POLICY'.", hint="or ask a saved listing with --listing FILE")
     compiled = compiled_policy(policy, options)
-    if interface is None and compiled.resolved.edge:
+    if interface is None and compiled.resolved.edge and not packet.leaving:
         packet = replace(packet, interface=compiled.resolved.edge.wan)
     explanation = explain_packet(compiled.resolved, packet)
     traced = None

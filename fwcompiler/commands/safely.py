@@ -88,12 +88,13 @@ def _warn(findings: tuple[Finding, ...] | list[Finding], options: Options) -> No
 
 def access_words(planned: Plan, compiled: Compiled | None) -> tuple[str, ...]:
     """Access gained and lost, one line each, as history tells it."""
-    from fwcompiler.report import access_lines
+    from fwcompiler.report import access_lines, sending_lines
 
     policy = compiled.resolved if compiled else None
     gained = access_lines(planned.access.gained, policy, "+", "may reach")
     lost = access_lines(planned.access.lost, policy, "-", "may no longer reach")
-    return (*gained, *lost)
+    more, less = sending_lines(planned.sending, policy, "+", "-")
+    return (*gained, *more, *lost, *less)
 
 
 def finish(applied: Applied, planned: Plan, host: Host, options: Options, wait: bool | None) -> int:

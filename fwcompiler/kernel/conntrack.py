@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 import socket
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from fwcompiler.addresses import BITS, Addresses, Range, Ranges, covers
@@ -61,6 +61,49 @@ def delete(cuts: Sequence[Cut]) -> int:
             if own:
                 deleted += _delete(channel, version, _matching(_flows(channel, version, own), version, own))
     return deleted
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A connection that this host opened: its first packet. Ports are 0 where the protocol has none."""
+
+    version: int
+    protocol: int
+    source: int
+    source_port: int
+    destination: int
+    port: int
+
+
+def delete_begun(own: Mapping[int, Ranges], is_lost: Callable[[Begun], bool]) -> int:
+    """Delete the entries of connections that this host opened to others and that are lost; returns how many there were.
+
+    ``own``: the host's addresses by family.
+
+    Raises:
+        NetlinkError: the kernel refuses; some may be gone.
+    """
+    deleted = 0
+    with Channel() as channel:
+        for version, mine in own.items():
+            found: list[bytes] = []
+            for data in channel.dump(_SUBSYSTEM | _GET, _FAMILY[version]) if mine else ():
+                begun = _begun(version, data)
+                ours = begun is not None and covers(mine, begun.source) and not covers(mine, begun.destination)
+                if begun is not None and ours and is_lost(begun):
+                    found.append(data)
+            deleted += _delete(channel, version, found)
+    return deleted
+
+
+def _begun(version: int, data: bytes) -> Begun | None:
+    values = _original(data)
+    source, destination = (values.get((_TUPLE_IP, kind)) for kind in ((_V4_SRC, _V4_SRC + 1) if version == 4 else (_V6_SRC, _V6_SRC + 1)))
+    protocol = values.get((_TUPLE_PROTO, _PROTO_NUM))
+    if source is None or destination is None or protocol is None:
+        return None
+    ports = (values.get((_TUPLE_PROTO, kind), 0) for kind in (_SRC_PORT, _DST_PORT))
+    return Begun(version, protocol, source, next(ports), destination, next(ports))
 
 
 def _matching(flows: Iterable[_Flow], version: int, cuts: Sequence[Cut]) -> Iterator[bytes]:
@@ -140,22 +183,22 @@ def _parse(version: int, data: bytes) -> _Flow | None:
 
 def _walk(data: bytes) -> _Flow | None:
     """An entry of any shape, attribute by attribute."""
-    source = protocol = port = None
-    for kind, start, end in netlink.attributes(data, HEADER):
-        if kind != _TUPLE_ORIG:
-            continue
-        for part, low, high in netlink.attributes(data, start, end):
-            for which, first, last in netlink.attributes(data, low, high):
-                value = int.from_bytes(data[first:last], "big")
-                if part == _TUPLE_IP and which in (_V4_SRC, _V6_SRC):
-                    source = value
-                elif part == _TUPLE_PROTO and which == _PROTO_NUM:
-                    protocol = value
-                elif part == _TUPLE_PROTO and which == _DST_PORT:
-                    port = value
+    values = _original(data)
+    source = values.get((_TUPLE_IP, _V4_SRC), values.get((_TUPLE_IP, _V6_SRC)))
+    protocol, port = values.get((_TUPLE_PROTO, _PROTO_NUM)), values.get((_TUPLE_PROTO, _DST_PORT))
     if source is None or protocol is None or port is None:
         return None
     return protocol, source, port, data
+
+
+def _original(data: bytes) -> dict[tuple[int, int], int]:
+    """The values of an entry's original direction, by the attributes that hold them."""
+    found: dict[tuple[int, int], int] = {}
+    for kind, start, end in netlink.attributes(data, HEADER):
+        for part, low, high in netlink.attributes(data, start, end) if kind == _TUPLE_ORIG else ():
+            for which, first, last in netlink.attributes(data, low, high):
+                found[part, which] = int.from_bytes(data[first:last], "big")
+    return found
 
 
 def _names(data: bytes) -> bytes:

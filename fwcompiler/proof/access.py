@@ -61,25 +61,25 @@ class AccessChange:
 
 def compare(before: Ruleset, after: Ruleset) -> AccessChange:
     """What new connections gain and lose. An empty ruleset grants nothing."""
-    before, after = _where_they_differ(before, after)
+    before, after = where_they_differ(before, after)
     atoms = cut([*sets_of(before), *sets_of(after)])
     old, new = Program(before, atoms), Program(after, atoms)
     behind, behind_now = Beyond(before, atoms), Beyond(after, atoms)
     gained: list[Part] = []
     lost: list[Part] = []
-    for protocol, low, high, point in _points(before, after):
+    for protocol, low, high, point in points(before, after):
         was, now = _run(old, before, point, behind), _run(new, after, point, behind_now)
-        gained += _parts((protocol, low, high, ""), now, was)
-        lost += _parts((protocol, low, high, ""), was, now)
+        gained += parts((protocol, low, high, ""), now, was)
+        lost += parts((protocol, low, high, ""), was, now)
         for place in dict.fromkeys((*behind.places, *behind_now.places)):
             was, now = behind.outcome(point, place), behind_now.outcome(point, place)
-            gained += _parts((protocol, low, high, address_text(*place)), now, was)
-            lost += _parts((protocol, low, high, address_text(*place)), was, now)
-    found = (tuple(_describe(list(_of_family(parts, atoms)), atoms)) for parts in (gained, lost))
+            gained += parts((protocol, low, high, address_text(*place)), now, was)
+            lost += parts((protocol, low, high, address_text(*place)), was, now)
+    found = (tuple(described(list(of_family(each, atoms)), atoms)) for each in (gained, lost))
     return AccessChange(*found)
 
 
-def _where_they_differ(before: Ruleset, after: Ruleset) -> tuple[Ruleset, Ruleset]:
+def where_they_differ(before: Ruleset, after: Ruleset) -> tuple[Ruleset, Ruleset]:
     """Both with the sets cut down to addresses that some set treats otherwise than before.
 
     Only where the rules are the same: then whatever all sets treat as before fares as before.
@@ -105,9 +105,9 @@ Part = tuple[str, int, int, str, str, int]
 """Protocol, first and last port, address behind an edge, service, classes of sources."""
 
 
-def _of_family(parts: Iterable[Part], atoms: Atoms) -> Iterator[Part]:
+def of_family(found: Iterable[Part], atoms: Atoms) -> Iterator[Part]:
     """ICMP is a protocol of IPv4, ICMPv6 one of IPv6: nobody opens one over the other."""
-    for protocol, low, high, at, service, mask in parts:
+    for protocol, low, high, at, service, mask in found:
         version = {"icmp": 4, "icmpv6": 6}.get(protocol.partition("/")[0])
         mine = mask & atoms.family(version) if version else mask
         if mine:
@@ -125,14 +125,15 @@ def _run(program: Program, ruleset: Ruleset, point: Point, beyond: Beyond) -> Ou
     return Outcome({service: mask & ~away for service, mask in outcome.accepted.items()}, outcome.dropped, outcome.uncertain)
 
 
-def _parts(where: tuple[str, int, int, str], has: Outcome, other: Outcome) -> Iterator[Part]:
+def parts(where: tuple[str, int, int, str], has: Outcome, other: Outcome) -> Iterator[Part]:
+    """What one outcome lets in and another does not, by service."""
     other_mask = other.accepts()
     for service, mask in sorted(has.accepted.items()):
         if mask & ~other_mask:
             yield *where, service, mask & ~other_mask
 
 
-def _points(*rulesets: Ruleset) -> Iterator[tuple[str, int, int, Point]]:
+def points(*rulesets: Ruleset) -> Iterator[tuple[str, int, int, Point]]:
     """One point for every stretch of ports between the borders of all rules, and one for each other protocol."""
     numbers = {m.number for rs in rulesets for c in rs.chains for r in c.rules for m in r.matches if isinstance(m, ProtocolIs)}
     for protocol in WITH_PORTS:
@@ -160,10 +161,10 @@ def _stretches(rulesets: Iterable[Ruleset], protocol: str) -> Iterator[tuple[int
     yield from ((a, b - 1) for a, b in pairwise(ordered))
 
 
-def _describe(parts: list[Part], atoms: Atoms) -> Iterator[Access]:
+def described(found: list[Part], atoms: Atoms) -> Iterator[Access]:
     """Neighbouring stretches with the same sources, service and place are one range."""
     joined: list[Part] = []
-    for part in sorted(parts, key=lambda p: (p[4], p[0], p[3], p[5], p[1])):
+    for part in sorted(found, key=lambda p: (p[4], p[0], p[3], p[5], p[1])):
         protocol, low, high, *rest = part
         last = joined[-1] if joined else None
         if last and (last[0], *last[3:]) == (protocol, *rest) and last[2] + 1 == low:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
-from fwcompiler.ports import PROTOCOLS
-from fwcompiler.proof.diagram import ACCEPT, DROP, NO_CHAIN, RETURN, Builder, Diagrams, Item, Rules
+from fwcompiler.ports import PROTOCOLS, Ports
+from fwcompiler.proof.diagram import ACCEPT, DROP, NO_CHAIN, REJECT, RETURN, Builder, Diagrams, Item, Rules
 from fwcompiler.proof.meaning import Clause, Over
 from fwcompiler.proof.space import (
     DESTINATION,
@@ -19,6 +20,7 @@ from fwcompiler.proof.space import (
     PORT,
     PROTOCOL,
     SOURCE,
+    SOURCE_PORT,
     STATE,
     TYPE,
     Condition,
@@ -30,6 +32,7 @@ from fwcompiler.ruleset import (
     Limit,
     OverLimit,
     Ruleset,
+    Side,
 )
 
 
@@ -128,12 +131,12 @@ def from_clauses(clauses: Sequence[Clause], version: int) -> Program:
 
 
 def _clause(clause: Clause, version: int) -> Iterator[Composed]:
-    verdict = ACCEPT if clause.verdict == "accept" else DROP
+    verdict = {"accept": ACCEPT, "drop": DROP, "reject": REJECT}[clause.verdict]
     conditions: list[Condition] = []
     if clause.loopback is not None:
         conditions.append(Condition(INTERFACE, frozenset(("lo",)), not clause.loopback))
-    if clause.destination is not None:
-        conditions.append(Condition(DESTINATION, clause.destination.family(version)))
+    if clause.protocol is not None:
+        conditions.append(Condition(PROTOCOL, ((clause.protocol, clause.protocol),)))
     if clause.states is not None:
         conditions.append(Condition(STATE, frozenset(clause.states)))
     if clause.limit is not None:
@@ -147,17 +150,26 @@ def _clause(clause: Clause, version: int) -> Iterator[Composed]:
     conditions += [Condition(SOURCE, negated=True, atom=member_text(name, version)) for name in clause.spared]
     if clause.spared_source is not None:
         conditions.append(Condition(SOURCE, clause.spared_source.family(version), negated=True))
-    for ports in _alternatives(clause):
-        for source in _sources(clause, version):
-            yield from (Composed((*conditions, *ports, *source, *other), verdict) for other in _others(clause))
+    parts = (_alternatives(clause.ports, PORT), _alternatives(clause.from_ports, SOURCE_PORT), _destinations(clause, version))
+    for chosen in product(*parts, _sources(clause, version), _others(clause)):
+        yield Composed((*conditions, *(c for part in chosen for c in part)), verdict)
 
 
-def _alternatives(clause: Clause) -> Iterator[list[Condition]]:
-    if clause.ports is None:
+def _alternatives(several: tuple[Ports, ...] | None, side: int) -> Iterator[list[Condition]]:
+    if several is None:
         yield []
         return
-    for ports in clause.ports:
-        yield [_protocol(ports.protocol), *([Condition(PORT, ports.ranges)] if ports.ranges else [])]
+    for ports in several:
+        yield [_protocol(ports.protocol), *([Condition(side, ports.ranges)] if ports.ranges else [])]
+
+
+def _destinations(clause: Clause, version: int) -> Iterator[list[Condition]]:
+    if clause.destination is None and not clause.members:
+        yield []
+    if clause.destination is not None:
+        yield [Condition(DESTINATION, clause.destination.family(version))]
+    for name in clause.members:
+        yield [Condition(SOURCE, atom=member_text(name, version, "destination"))]
 
 
 def _others(clause: Clause) -> Iterator[list[Condition]]:
@@ -179,6 +191,6 @@ def _sources(clause: Clause, version: int) -> Iterator[list[Condition]]:
         yield [Condition(SOURCE, atom=member_text(name, version))]
 
 
-def member_text(group: str, version: int) -> str:
+def member_text(group: str, version: int, side: Side = "source") -> str:
     """The atom of a group's dynamic members; kernels name the set so."""
-    return f"source is a member of {group}.dynamic.v{version}"
+    return f"{side} is a member of {group}.dynamic.v{version}"

@@ -10,6 +10,7 @@ from fwcompiler.addresses import LAST, LOOPBACK, Addresses, Ranges, address_text
 from fwcompiler.ports import PROTOCOLS, WITH_PORTS, port_text
 from fwcompiler.proof.compose import limit_text, member_text, over_text
 from fwcompiler.proof.fields import ECHO_REQUEST, Packet
+from fwcompiler.proof.leaving import HOOK, explain_leaving
 from fwcompiler.proof.meaning import Explanation, clauses, explain
 from fwcompiler.proof.prove import Box, Difference
 from fwcompiler.proof.space import (
@@ -52,6 +53,7 @@ from fwcompiler.ruleset import (
     Rule,
     Ruleset,
     SetDscp,
+    Side,
     State,
     StateIn,
     Translate,
@@ -88,18 +90,20 @@ class CounterExample:
         return f"{self.packets}: the policy says {self.policy}; the kernel {self.kernel}; for example {packet_text(self.packet)}"
 
 
-def counter_examples(differences: tuple[Difference, ...], policy: Resolved, ruleset: Ruleset) -> Iterator[CounterExample]:
-    """One for every box of a difference between a policy and a ruleset, in that order."""
+def counter_examples(
+    differences: tuple[Difference, ...], policy: Resolved, ruleset: Ruleset, *, leaving: bool = False
+) -> Iterator[CounterExample]:
+    """One for every box of a difference between a policy and a ruleset, in that order. ``leaving``: about what this host sends."""
     for difference in differences:
         space = difference.space
         names = {name: group.addresses.family(space.version) for name, group in policy.groups.items()}
         for box in difference.boxes:
-            packet, given = example(space, box), assumed(space, box)
+            packet, given = example(space, box, leaving=leaving), assumed(space, box)
             wanted, found = box.verdicts
-            explained, decided = _explained(policy, packet, given), trace(ruleset, packet, given=given)
+            explained, decided = _explained(policy, packet, given), trace(ruleset, packet, HOOK if leaving else "input", given)
             at = f" ({explained.at})" if explained.at else ""
             says = f"{wanted}: {explained.reason}{at}" if explained.verdict == wanted else wanted
-            yield CounterExample(box_text(space, box, names), packet, says, _kernel(found, decided), given)
+            yield CounterExample(box_text(space, box, names, leaving=leaving), packet, says, _kernel(found, decided), given)
 
 
 def assumed(space: Space, box: Box) -> dict[str, bool]:
@@ -109,11 +113,15 @@ def assumed(space: Space, box: Box) -> dict[str, bool]:
 
 def _explained(policy: Resolved, packet: Packet, given: Mapping[str, bool]) -> Explanation:
     """What the meaning says, where the source is a member of groups and limits are exhausted as given."""
-    own = Addresses.of(*(([(packet.source, packet.source)], []) if packet.version == 4 else ([], [(packet.source, packet.source)])))
+    side: Side = "destination" if packet.leaving else "source"
+    other = packet.destination or 0 if packet.leaving else packet.source
+    own = Addresses.of(*(([(other, other)], []) if packet.version == 4 else ([], [(other, other)])))
     groups = {
-        name: replace(g, addresses=g.addresses | own) if given.get(member_text(name, packet.version)) else g
+        name: replace(g, addresses=g.addresses | own) if given.get(member_text(name, packet.version, side)) else g
         for name, g in policy.groups.items()
     }
+    if packet.leaving:
+        return explain_leaving(replace(policy, groups=groups), packet)
     limits = {c.limit for c in clauses(policy) if c.limit and not given.get(limit_text(c.limit), True)}
     over = {c.over for c in clauses(policy) if c.over and given.get(over_text(c.over))}
     return explain(replace(policy, groups=groups), packet, limits | over)
@@ -127,21 +135,31 @@ def _kernel(verdict: str, decided: Decision) -> str:
     return f"{verdict}s them{where}{unsure}"
 
 
-def box_text(space: Space, box: Box, groups: Mapping[str, Ranges] | None = None) -> str:
-    """`from carriers (198.51.100.16/28) to udp/5060, state new`. ``groups``: names of sets of sources."""
+def box_text(space: Space, box: Box, groups: Mapping[str, Ranges] | None = None, *, leaving: bool = False) -> str:
+    """`from carriers (198.51.100.16/28) to udp/5060, state new`. ``groups``: names of sets of addresses."""
     masks = box.masks
+    if leaving:
+        where = _addresses(space, DESTINATION, masks, groups or {}) or f"any IPv{space.version} address"
+        own = _addresses(space, SOURCE, masks, {})
+        from_ = f"from this host{f' at {own}' if own else ''}"
+        return ", ".join([f"{from_} to {_target(space, masks)} at {where}", *_besides(space, box)])
     source = _addresses(space, SOURCE, masks, groups or {}) or f"any IPv{space.version} address"
     to = _target(space, masks)
     destination = _addresses(space, DESTINATION, masks, {})
     rest = [f"at {destination}"] if destination and not destination.startswith("any") else []
+    return ", ".join([f"from {source} to {to}", *rest, *_besides(space, box)])
+
+
+def _besides(space: Space, box: Box) -> Iterator[str]:
+    """States, interfaces, own ports, and what no packet shows."""
+    masks = box.masks
     if STATE in masks and set(USUAL_STATES) - set(space.names(STATE, masks[STATE])):
-        rest.append(f"state {' or '.join(space.names(STATE, masks[STATE]))}")
+        yield f"state {' or '.join(space.names(STATE, masks[STATE]))}"
     if INTERFACE in masks and masks[INTERFACE] != space.everything(INTERFACE) & ~_interface(space, "lo"):
-        rest.append(_interfaces(space, masks[INTERFACE]))
+        yield _interfaces(space, masks[INTERFACE])
     if SOURCE_PORT in masks:
-        rest.append(f"from port {_numbers(space.ranges(SOURCE_PORT, masks[SOURCE_PORT]))}")
-    rest += sorted(_given_text(name, holds) for name, holds in assumed(space, box).items())
-    return ", ".join([f"from {source} to {to}", *rest])
+        yield f"from port {_numbers(space.ranges(SOURCE_PORT, masks[SOURCE_PORT]))}"
+    yield from sorted(_given_text(name, holds) for name, holds in assumed(space, box).items())
 
 
 def _given_text(name: str, holds: bool) -> str:
@@ -217,7 +235,7 @@ def _numbers(ranges: Ranges) -> str:
     return ", ".join(port_text(r) for r in ranges[:MAX_RANGES]) + (" …" if len(ranges) > MAX_RANGES else "")
 
 
-def example(space: Space, box: Box) -> Packet:
+def example(space: Space, box: Box, *, leaving: bool = False) -> Packet:
     """One packet of a box, as ordinary as the box allows."""
     masks = box.masks
 
@@ -231,17 +249,20 @@ def example(space: Space, box: Box) -> Packet:
     protocol = number(PROTOCOL, 17, 6, PROTOCOLS["icmp" if v4 else "icmpv6"], *PROTOCOLS.values())
     kind = number(TYPE, ECHO_REQUEST.get(protocol, 0))
     interfaces = space.names(INTERFACE, masks.get(INTERFACE, space.everything(INTERFACE)))
-    elsewhere = DESTINATION in masks and subtract(_elsewhere(space), space.ranges(DESTINATION, masks[DESTINATION]))
+    other = 0x08080808 if v4 else 0x2001_4860 << 96
+    there = (0xC0000201 if v4 else (0x2001_0DB8 << 96) + 1) if not leaving else other
+    elsewhere = leaving or (DESTINATION in masks and subtract(_elsewhere(space), space.ranges(DESTINATION, masks[DESTINATION])))
     return Packet(
         space.version,
-        number(SOURCE, 0x08080808 if v4 else 0x2001_4860 << 96),
+        number(SOURCE, 0 if leaving else other),
         protocol,
         number(PORT, *((5060, 22) if protocol == 17 else (22, 443))),
-        number(DESTINATION, 0xC0000201 if v4 else (0x2001_0DB8 << 96) + 1) if elsewhere else None,
+        number(DESTINATION, there) if elsewhere else None,
         number(SOURCE_PORT, USUAL_PORT),
         kind,
         "eth0" if OTHER_INTERFACE in interfaces else interfaces[0],
         _state(space.names(STATE, masks.get(STATE, space.everything(STATE))), protocol, kind),
+        leaving,
     )
 
 
@@ -261,10 +282,10 @@ def packet_text(packet: Packet) -> str:
     """`198.51.100.17 -> udp/5060, new, in eth0`."""
     port = f"/{packet.port}" if packet.protocol in (6, 17) else f"/{packet.icmp_type}" if packet.protocol in (1, 58) else ""
     at = f" at {address_text(packet.version, packet.destination)}" if packet.destination is not None else ""
-    source = address_text(packet.version, packet.source)
+    source = "this host" if packet.leaving and not packet.source else address_text(packet.version, packet.source)
     if packet.protocol in (6, 17) and packet.source_port != USUAL_PORT:
         source += f" port {packet.source_port}"
-    return f"{source} -> {packet.protocol_name}{port}{at}, {packet.state}, in {packet.interface}"
+    return f"{source} -> {packet.protocol_name}{port}{at}, {packet.state}, {'out' if packet.leaving else 'in'} {packet.interface}"
 
 
 def rule_text(rule: Rule) -> str:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from fwcompiler.addresses import Addresses, Range, address_text
 from fwcompiler.edge import Forward, ResolvedEdge, udp_spans
 from fwcompiler.proof.fields import Packet
+from fwcompiler.proof.leaving import explain_leaving
 from fwcompiler.proof.meaning import ECHO_LIMIT, Clause, Explanation, blocking, clauses, explain, explain_by, trusting
 from fwcompiler.resolve import Resolved
 
@@ -209,6 +210,8 @@ def _sent(policy: Resolved, edge: ResolvedEdge, packet: Packet) -> tuple[str, in
 
 def explain_packet(policy: Resolved, packet: Packet) -> Explanation:
     """Decide one packet and say why, at an edge also where it goes."""
+    if packet.leaving:
+        return explain_leaving(policy, packet)
     if policy.edge is None:
         return explain(policy, packet)
     passed = follow(policy, policy.edge, packet)

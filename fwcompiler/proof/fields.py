@@ -13,9 +13,10 @@ ECHO_REQUEST = {1: 8, 58: 128}
 
 @dataclass(frozen=True, slots=True)
 class Packet:
-    """One packet that arrives for this host. Addresses are integers of the family `version`.
+    """One packet that arrives for this host, or that it sends (`leaving`). Addresses are integers of the family `version`.
 
-    `destination` None stands for an address of this host that is not a loopback address.
+    `destination` None stands for an address of this host that is not a loopback address. Of a packet that leaves, `interface` is
+    where it goes out, and the source 0 stands for such an address.
     """
 
     version: int
@@ -27,6 +28,7 @@ class Packet:
     icmp_type: int = 0
     interface: str = "eth0"
     state: State = "new"
+    leaving: bool = False
 
     @property
     def protocol_name(self) -> str:

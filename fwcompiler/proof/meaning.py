@@ -20,7 +20,7 @@ from fwcompiler.ruleset import Limit, Period, State
 if TYPE_CHECKING:
     from fwcompiler.resolve import Resolved, ResolvedService
 
-Verdict = Literal["accept", "drop"]
+Verdict = Literal["accept", "drop", "reject"]
 
 _LOOPBACK = Addresses((LOOPBACK[4],), (LOOPBACK[6],))
 ECHO_LIMIT = Limit(20, "second", 40)
@@ -46,7 +46,8 @@ class Clause:
     """One sentence of the meaning. A field that is None says nothing; all others have to hold.
 
     `dynamic` names groups whose members at run time hold as well as `source`; `spared` those whose members at run
-    time do not, nor does `spared_source`. Packets to `spared_ports` are not meant. With a `limit`, it holds only while
+    time do not, nor does `spared_source`. `members` names groups whose members at run time hold as well as `destination`.
+    `protocol` is a number; `from_ports` are this end's. Packets to `spared_ports` are not meant. With a `limit`, it holds only while
     the limit is not exhausted; with `over`, only for a source that has exceeded its own.
     """
 
@@ -67,12 +68,15 @@ class Clause:
     spared_ports: Ports | None = None
     limit: Limit | None = None
     over: Over | None = None
+    from_ports: tuple[Ports, ...] | None = None
+    members: tuple[str, ...] = ()
+    protocol: int | None = None
 
     def holds(self, packet: Packet, exhausted: Container[Limit | Over] = ()) -> bool:
         """True when every field that says something agrees with the packet, and no limit is exhausted but these."""
         if self.limit in exhausted or (self.over is not None and self.over not in exhausted):
             return False
-        if self.spared_ports is not None and _to_ports(self.spared_ports, packet):
+        if self.spared_ports is not None and _to_ports(self.spared_ports, packet, packet.port):
             return False
         if self.loopback is not None and self.loopback != (packet.interface == "lo"):
             return False
@@ -86,9 +90,13 @@ class Clause:
             return False
         if self.states is not None and packet.state not in self.states:
             return False
+        if self.protocol is not None and packet.protocol != self.protocol:
+            return False
+        if self.from_ports is not None and not any(_to_ports(p, packet, packet.source_port) for p in self.from_ports):
+            return False
         if self.icmp is not None and not self._is_icmp(packet):
             return False
-        return self.ports is None or any(_to_ports(p, packet) for p in self.ports)
+        return self.ports is None or any(_to_ports(p, packet, packet.port) for p in self.ports)
 
     def _is_icmp(self, packet: Packet) -> bool:
         assert self.icmp is not None
@@ -97,8 +105,8 @@ class Clause:
         return packet.version == version and packet.protocol == protocol and packet.icmp_type in types
 
 
-def _to_ports(ports: Ports, packet: Packet) -> bool:
-    return packet.protocol == PROTOCOLS[ports.protocol] and (not ports.ranges or covers(ports.ranges, packet.port))
+def _to_ports(ports: Ports, packet: Packet, port: int) -> bool:
+    return packet.protocol == PROTOCOLS[ports.protocol] and (not ports.ranges or covers(ports.ranges, port))
 
 
 def clauses(policy: Resolved) -> tuple[Clause, ...]:
@@ -212,7 +220,7 @@ def explain(policy: Resolved, packet: Packet, exhausted: Container[Limit | Over]
 def explain_by(policy: Resolved, packet: Packet, meaning: tuple[Clause, ...], exhausted: Container[Limit | Over] = ()) -> Explanation:
     """Decide one packet by clauses of which one holds for every packet."""
     source = address_text(packet.version, packet.source)
-    steps = [f"{source} -> {_target(packet)}, {packet.state}, in {packet.interface}"]
+    steps = [f"{source} -> {target_text(packet)}, {packet.state}, in {packet.interface}"]
     steps += _spared(policy, packet, source)
     decided = next(c for c in meaning if c.holds(packet, exhausted))
     reason = decided.reason
@@ -248,6 +256,7 @@ def _entry(policy: Resolved, group: str, packet: Packet) -> str:
     return address_text(packet.version, packet.source)
 
 
-def _target(packet: Packet) -> str:
+def target_text(packet: Packet) -> str:
+    """`udp/5060`, with the destination where there is one."""
     to = f"{packet.protocol_name}/{port_text((packet.port, packet.port))}" if packet.port else packet.protocol_name
     return to if packet.destination is None else f"{address_text(packet.version, packet.destination)} {to}"

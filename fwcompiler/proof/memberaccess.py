@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from fwcompiler.addresses import LAST, Ranges, covers
-from fwcompiler.proof.access import compare
+from fwcompiler.proof.access import Access, compare
 from fwcompiler.ruleset import AddressSet, InRanges, Ruleset
 
 SUFFIX = ".dynamic.v"
@@ -28,14 +28,26 @@ def compare_members(before: Ruleset, after: Ruleset) -> tuple[tuple[MemberAccess
 
     A member is an address in no other set; what a stranger gains or loses is everybody's and told elsewhere.
     """
+
+    def between(first: Ruleset, second: Ruleset) -> tuple[Sequence[Access], Sequence[Access]]:
+        change = compare(first, second)
+        return change.gained, change.lost
+
+    return members_apart(before, after, between)
+
+
+def members_apart(
+    before: Ruleset, after: Ruleset, between: Callable[[Ruleset, Ruleset], tuple[Sequence[Access], Sequence[Access]]]
+) -> tuple[tuple[MemberAccess, ...], tuple[MemberAccess, ...]]:
+    """The same by any comparison that says what is gained, and what is lost."""
     gained: list[MemberAccess] = []
     lost: list[MemberAccess] = []
     sets = [s for ruleset in (before, after) for s in ruleset.sets if s.dynamic and SUFFIX in s.name]
     for group in sorted({s.name.partition(SUFFIX)[0] for s in sets}):
         version = min(s.version for s in sets if s.name.startswith(group + SUFFIX))
         member, stranger = _strangers(version, before, after)
-        change = compare(*(_with_member(ruleset, f"{group}{SUFFIX}{version}", member) for ruleset in (before, after)))
-        for parts, found in ((change.gained, gained), (change.lost, lost)):
+        more, less = between(*(_with_member(ruleset, f"{group}{SUFFIX}{version}", member) for ruleset in (before, after)))
+        for parts, found in ((more, gained), (less, lost)):
             mine = (p for p in parts if (version, member) in p.addresses and (version, stranger) not in p.addresses)
             found += [MemberAccess(group, p.to, p.service, p.at) for p in mine]
     return tuple(gained), tuple(lost)

@@ -67,7 +67,7 @@ def trace(ruleset: Ruleset, packet: Packet, hook: str = "input", given: Mapping[
     Limits count as not exhausted, destinations as this host's, members of dynamic sets are those that were read, unless
     ``given`` says otherwise, by the names that the prover has for these (`Space.atoms`).
     """
-    runner = _Trace(ruleset, packet, given or {})
+    runner = _Trace(ruleset, packet, given or {}, packet.interface if packet.leaving else "")
     last = Decision("accept")
     for chain, where in base_chains(ruleset, hook):
         decided = runner.chain(chain, 0) or Decision(where.policy, chain.name)
@@ -154,7 +154,7 @@ class _Trace:
             case Interface("out", name, negated):
                 return bool(self._out) and (self._out == name) != negated
             case Interface(_, name, negated):
-                return (packet.interface == name) != negated
+                return (not packet.leaving and packet.interface == name) != negated
             case ProtocolIs(number, negated):
                 return (packet.protocol == number) != negated
             case PortIn(side, protocol, (low, high), negated):

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 
 from fwcompiler.addresses import Ranges, range_text
+from fwcompiler.egress import Outlet
 from fwcompiler.pipeline import Compiled
 from fwcompiler.ports import PROTOCOLS, port_text
 from fwcompiler.resolve import Resolved, ResolvedGroup, ResolvedService
@@ -52,7 +53,8 @@ def canonical(compiled: Compiled) -> str:
     lines += [line for group in policy.groups.values() for line in _group(group)]
     lines += _before_services(policy)
     lines += [_service(service) for service in policy.services]
-    lines += [f"test {t.expect} {t.source} -> {t.ports} {t.state}" for t in policy.tests]
+    lines += [f"egress {_outlet(each)}" for each in (policy.egress.outlets if policy.egress else ())]
+    lines += [f"test {t.expect} {t.words() if t.leaving else f'{t.source} -> {t.ports}'} {t.state}" for t in policy.tests]
     lines += [f"set {s.name}{_set(s)}" for s in ruleset.sets]
     lines += [line for chain in ruleset.chains for line in _chain(chain)]
     return "\n".join((*lines, ""))
@@ -89,6 +91,12 @@ def _service(service: ResolvedService) -> str:
     options += [f"marked {service.options.dscp}"] if service.options.dscp is not None else []
     rest = f"; {'; '.join(options)}" if options else ""
     return f"service {service.name} {', '.join(service.port_texts())}: {service.kind}, {when} established, from {who}{exposed}{rest}"
+
+
+def _outlet(each: Outlet) -> str:
+    ports = [*(text for p in each.there for text in p.texts()), *(f"from {text}" for p in each.here for text in p.texts())]
+    besides = f" and {', '.join(each.multicast.texts())}" if each.multicast else ""
+    return f"{each.name} {', '.join(ports)}: to {'anywhere' if each.groups is None else ', '.join(each.groups)}{besides}"
 
 
 def _set(each: AddressSet) -> str:

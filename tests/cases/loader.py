@@ -65,7 +65,7 @@ class PacketCase:
 
     `destination` None: an address of the host itself. `label` is a service's name or one of fwc's own labels (`block`,
     `trust`, `established`, `invalid`, `icmp`, `loopback`, `other`). `members`: it counts on the case's dynamic members.
-    `host`: where an edge lets it go.
+    `host`: where an edge lets it go. `leaving`: the host itself sends it, from `source_port`.
     """
 
     text: str
@@ -81,6 +81,8 @@ class PacketCase:
     label: str
     members: bool = False
     host: str = ""
+    leaving: bool = False
+    source_port: int = 40000
 
 
 @dataclass(frozen=True)
@@ -225,7 +227,8 @@ def _generated(text: str) -> Iterator[str]:
 
 _PACKET = re.compile(
     rf"(?P<source>\S+) -> (?:(?P<destination>[0-9a-f.:]*[.:][0-9a-f.:]*) )?(?P<to>[a-z0-9]+(?:/\d+)?)"
-    rf"(?: (?P<state>{'|'.join(STATES)}))?(?: in (?P<interface>\S+))? = (?P<verdict>accept|drop) (?P<label>\S+)(?: at (?P<host>\S+))?$"
+    rf"(?: (?P<state>{'|'.join(STATES)}))?(?: (?:in|out) (?P<interface>\S+))? = (?P<verdict>accept|drop|reject) (?P<label>\S+)"
+    rf"(?: at (?P<host>\S+))?$"
 )
 
 
@@ -233,7 +236,9 @@ def _packet(line: str, at: str, members: bool) -> PacketCase:
     found = _PACKET.match(line)
     if not found:
         raise CaseError(f"{at}: `{line}` is not `FROM -> [ADDRESS] PROTOCOL/PORT [STATE] [in INTERFACE] = VERDICT LABEL [at HOST]`")
-    source = ip_address(found["source"])
+    here, _, port_here = found["source"].partition(":")
+    leaving = here == "here"
+    source = ip_address("0.0.0.0" if "." in (found["destination"] or "") else "::") if leaving else ip_address(found["source"])
     destination = ip_address(found["destination"]) if found["destination"] else None
     if destination is not None and destination.version != source.version:
         raise CaseError(f"{at}: addresses of two families")
@@ -252,6 +257,8 @@ def _packet(line: str, at: str, members: bool) -> PacketCase:
         found["label"],
         members,
         found["host"] or "",
+        leaving,
+        int(port_here or 40000) if leaving else 40000,
     )
 
 

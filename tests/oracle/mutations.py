@@ -148,7 +148,11 @@ MUTATIONS = (
     Mutation("accept for drop", sub(r'"ssh.drop" drop', '"ssh.drop" accept'), ("v4", sub("comment ssh -j DROP", "comment ssh -j ACCEPT"))),
     Mutation("drop for accept", sub(r'"https.accept" accept', '"https.accept" drop'), ("v6", sub("https -j ACCEPT", "https -j DROP"))),
     Mutation("block list accepts", sub(r'"block.drop" drop', '"block.drop" accept'), ("v4", sub("block -j DROP", "block -j ACCEPT"))),
-    Mutation("reject for accept", sub(r'"rtp.accept" accept', '"rtp.accept" reject'), ("v4", sub("rtp -j ACCEPT", "rtp -j REJECT"))),
+    Mutation(
+        "reject for accept",
+        sub(r'"rtp.accept" accept', '"rtp.accept" reject with icmpx admin-prohibited'),
+        ("v4", sub("rtp -j ACCEPT", "rtp -j REJECT --reject-with icmp-admin-prohibited")),
+    ),
     Mutation(
         "empty set",
         sub(_set("carriers", "v4") + r".*\n\t\t\}\n", lambda m: m[1].rsplit("\t\telements", 1)[0]),

@@ -13,7 +13,6 @@ import pytest
 import typer
 
 from fwcompiler.commands import registered
-from fwcompiler.policy import NOT_YET
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(str(p.relative_to(ROOT)) for p in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")))
@@ -86,13 +85,6 @@ def test_every_command_is_shown_at_work(name: str) -> None:
     """Each command that exists is run in an example of at least one page."""
     shown = "\n".join(b.body for p in WRITTEN for b in docexamples.blocks(read(p)) if b.language == "console")
     assert re.search(rf"\bfwc {name}\b", shown)
-
-
-def test_the_readme_is_honest() -> None:
-    """Every key that is refused is named among what is missing."""
-    missing = read("README.md").partition("## What is not there yet")[2].partition("\n## ")[0]
-    named = set(re.findall(r"`([\w-]+)`", missing))
-    assert set(NOT_YET) <= named
 
 
 @pytest.mark.parametrize("page", WRITTEN)

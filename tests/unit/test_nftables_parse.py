@@ -26,10 +26,10 @@ def match(left: dict[str, Any], right: Any, operator: str = "==") -> dict[str, A
 @pytest.mark.parametrize(("kind", "implied"), [("icmp", (Family(4),)), ("icmpv6", (Family(6),)), ("icmpx", ())])
 def test_reject_tells_its_family(kind: str, implied: tuple[Match, ...]) -> None:
     """nft leaves the test of the family out where the answer is ICMP of one family; the rule is for that family all the same."""
-    assert rule({"reject": {"type": kind, "expr": "port-unreachable"}}) == Rule(implied, Final.REJECT)
+    assert rule({"reject": {"type": kind, "expr": "admin-prohibited"}}) == Rule(implied, Final.REJECT)
 
 
-@pytest.mark.parametrize("answer", [{"type": "tcp reset"}, {"type": "icmpx", "expr": "admin-prohibited"}])
+@pytest.mark.parametrize("answer", [{"type": "tcp reset"}, {"type": "icmpx", "expr": "port-unreachable"}])
 def test_other_answers_are_not_ours(answer: dict[str, str]) -> None:
     """Whoever answers otherwise than fwc would is named, not taken for the same."""
     found = rule({"reject": answer})
