@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast, get_args
 
@@ -185,18 +186,18 @@ def _candidate(candidate: Candidate) -> str:
     return f"chain {candidate.chain}: {what}{where}"
 
 
-def explain_listing(file: str, packet: Packet) -> Asked:
-    """Ask a saved listing, whoever wrote its rules.
+def explain_listing(files: Sequence[str], packet: Packet) -> Asked:
+    """Ask the saved listing of one host, in one file or several, whoever wrote its rules.
 
     Raises:
-        UsageError: the file cannot be read, is no listing, or is one of the other address family.
+        UsageError: a file cannot be read, is no listing, or all of them are of the other address family.
     """
-    listing = read_listing([file])
+    listing = read_listing(files)
     if listing is None:
-        raise UsageError(f"`{file}` is no listing that can be read", hint=HOW)
+        raise UsageError(f"`{files[0]}` is no listing that can be read", hint=HOW)
     ruleset = listing.foreign()
     if packet.version not in listing.versions(ruleset):
-        raise UsageError(f"`{file}` says nothing about IPv{packet.version}", hint=HOW)
+        raise UsageError(f"{listing.files} says nothing about IPv{packet.version}", hint=HOW)
     return Asked(packet, ask(ruleset, packet, HOOK if packet.leaving else "input"))
 
 

@@ -13,7 +13,7 @@ from fwcompiler.proof.access import AccessChange, compare
 from fwcompiler.proof.diagram import StepsExceeded
 from fwcompiler.proof.memberaccess import MemberAccess, compare_members
 from fwcompiler.proof.sending import NO_CHANGE, SendingChange, compare_sending, turned
-from fwcompiler.ruleset import AddressSet, Foreign, InRanges, InSet, Interface, Match, PortIn, Ruleset, Translate, Unknown
+from fwcompiler.ruleset import AHEAD, AddressSet, Foreign, InRanges, InSet, Interface, Match, PortIn, Ruleset, Translate, Unknown
 
 MAX_ELEMENTS_SHOWN = 20
 
@@ -65,7 +65,7 @@ def make_plan(backend: Backend, live: Ruleset, wanted: Ruleset) -> Plan:
     access = _access(live, wanted) if steps else AccessChange()
     gained, lost = compare_members(live, wanted) if steps else ((), ())
     sending = compare_sending(live, wanted) if steps else NO_CHANGE
-    notes = tuple(f"fwc never makes this: {what}" for what in live.others)
+    notes = tuple(f"fwc never makes this: {what}" for what in live.others if not what.startswith(AHEAD))
     return Plan(live, wanted, steps, access, members_gained=gained, members_lost=lost, notes=notes, sending=sending)
 
 

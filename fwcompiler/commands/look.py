@@ -45,7 +45,12 @@ def explain(
     state: Annotated[str, typer.Option(help="new, established, related, invalid or untracked.")] = "new",
     live: Annotated[bool, typer.Option("--live", help="Ask the loaded ruleset, and say where it and the policy part.")] = False,
     listing: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Ask a saved `nft -j list ruleset` or `iptables-save`, whoever wrote it.")
+        list[str] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Ask a saved `nft -j list ruleset` or `iptables-save`, whoever wrote it. May be said again where a host's listing is in "
+            "several files.",
+        ),
     ] = None,
     policy: Annotated[str | None, typer.Argument(metavar="POLICY", help="The policy file; none with --listing.")] = None,
 ) -> int:
@@ -64,7 +69,7 @@ def explain(
         raise UsageError("--from-port belongs to packets that this host sends", hint="leave --from out, and say --to-addr")
     else:
         packet = packet_from(source, to, to_addr, interface or "eth0", state)
-    if listing is not None:
+    if listing:
         if policy is not None or live:
             raise UsageError("--listing asks a file and nothing else", hint="leave the policy and --live out")
         asked = explain_listing(listing, packet)

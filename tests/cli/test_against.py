@@ -246,3 +246,15 @@ def test_order_and_spelling_change_nothing(tmp_path: Path, netns: str, backend: 
     for against in ((), ("--against", "applied"), ("--against", host.write())):
         ran = host.fwc("diff", spelt, *against, "-q")
         assert (ran.code, ran.out, ran.err) == (0, "", ""), against
+
+
+def test_explain_asks_all_files_of_a_listing(tmp_path: Path, netns: str) -> None:
+    """Rules and sets that were saved in files of their own are one host's: only both together tell for sure."""
+    host = Host(tmp_path, netns, "iptables-nft")
+    host.apply()
+    rules, sets = host.write(host.run("iptables-nft-save"), "rules"), host.write(host.run("ipset", "save"), "sets")
+    asked = ("--from", "198.51.100.17", "--to", "udp/5060", "--json")
+
+    assert host.fwc("explain", "--listing", rules, *asked).json["verdict"] == "may"
+    assert host.fwc("explain", "--listing", rules, "--listing", sets, *asked).json["verdict"] == "accept"
+    assert host.fwc("explain", "--listing", rules, "--listing", host.write(), *asked).code == 2

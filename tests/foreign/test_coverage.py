@@ -32,7 +32,7 @@ def test_no_file_breaks_a_question() -> None:
         if path.is_file():
             for packet in PACKETS:
                 try:
-                    asked = explain_listing(str(path), packet)
+                    asked = explain_listing([str(path)], packet)
                 except UsageError:
                     answered["refused"] += 1
                     continue
