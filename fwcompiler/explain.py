@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast, get_args
 
-from fwcompiler.addresses import AddressError, address_text, parse_address
+from fwcompiler.addresses import AddressError, Addresses, address_text, parse_address
 from fwcompiler.diagnostics import UsageError, did_you_mean
 from fwcompiler.edge import ResolvedEdge
 from fwcompiler.listing import HOW, read_listing
@@ -15,10 +15,11 @@ from fwcompiler.pipeline import Host, observe
 from fwcompiler.ports import PortError, parse_ports
 from fwcompiler.proof.ask import Answer, Candidate, Word, ask
 from fwcompiler.proof.describe import packet_text, rule_text
-from fwcompiler.proof.edge import Passed, follow
+from fwcompiler.proof.edge import Passed, explain_packet, follow
 from fwcompiler.proof.fields import Packet, packet_to
 from fwcompiler.proof.leaving import HOOK
 from fwcompiler.proof.meaning import Explanation
+from fwcompiler.proof.memberaccess import SUFFIX
 from fwcompiler.proof.trace import Decision, trace, trace_through
 from fwcompiler.report import explain_json
 from fwcompiler.resolve import Resolved
@@ -201,14 +202,21 @@ def explain_listing(files: Sequence[str], packet: Packet) -> Asked:
     return Asked(packet, ask(ruleset, packet, HOOK if packet.leaving else "input"))
 
 
-def explain_live(host: Host, policy: Resolved, packet: Packet, explanation: Explanation) -> Traced:
+def explain_live(host: Host, policy: Resolved, packet: Packet) -> Traced:
     """Send a packet through everything that the kernel holds now: our rules, and everybody else's on its way.
+
+    The policy is asked with the dynamic members that this host has.
 
     Raises:
         HostRefused: the kernel cannot be asked.
     """
     live = observe(host)
     whole = read_host(host, live)
+    policy, groups = _with_members(policy, live, packet)
+    explanation = explain_packet(policy, packet)
+    if groups:
+        member = f"{address_text(packet.version, _peer(packet))} is a dynamic member of {', '.join(groups)} on this host"
+        explanation = replace(explanation, steps=(explanation.steps[0], member, *explanation.steps[1:]))
     passed = follow(policy, policy.edge, packet) if policy.edge and not packet.leaving else None
     if policy.edge and not packet.leaving and packet.interface in (policy.edge.wan, policy.edge.lan):
         through = _trace_at_edge(live, packet, policy.edge, passed)
@@ -221,6 +229,21 @@ def explain_live(host: Host, policy: Resolved, packet: Packet, explanation: Expl
     if packet.leaving:
         return Traced(trace(live, packet, HOOK), explanation, whole, None if whole.alone else whole.ask(packet))
     return Traced(trace(live, packet), explanation, whole, None if whole.alone else whole.ask(packet))
+
+
+def _with_members(policy: Resolved, live: Ruleset, packet: Packet) -> tuple[Resolved, tuple[str, ...]]:
+    """The policy with the peer in those groups whose member it is at present, and their names."""
+    peer = _peer(packet)
+    sets = (s for s in live.sets if s.dynamic and s.version == packet.version and any(a == peer for a, _ in s.members))
+    names = tuple(name for name in (s.name.partition(SUFFIX)[0] for s in sets) if name in policy.groups)
+    own = Addresses.of(*([(peer, peer)] if packet.version == version else [] for version in (4, 6)))
+    members = {name: replace(policy.groups[name], addresses=policy.groups[name].addresses | own) for name in names}
+    return replace(policy, groups={**policy.groups, **members}), names
+
+
+def _peer(packet: Packet) -> int:
+    """Who it is that groups are asked about: the sender, or the addressee of what this host sends."""
+    return packet.source if not packet.leaving or packet.destination is None else packet.destination
 
 
 def _trace_at_edge(live: Ruleset, packet: Packet, edge: ResolvedEdge, passed: Passed | None) -> Decision:

@@ -83,11 +83,11 @@ def explain(
     compiled = compiled_policy(policy, options)
     if interface is None and compiled.resolved.edge and not packet.leaving:
         packet = replace(packet, interface=compiled.resolved.edge.wan)
-    explanation = explain_packet(compiled.resolved, packet)
     traced = None
     if live:
         with chosen_host(options) as host:
-            traced = explain_live(host, compiled.resolved, packet, explanation)
+            traced = explain_live(host, compiled.resolved, packet)
+    explanation = traced.policy if traced else explain_packet(compiled.resolved, packet)
     if options.json:
         print_json(traced.as_json() if traced else explain_json(explanation))
         return EXIT_OK

@@ -82,3 +82,17 @@ def test_a_named_limit_in_our_table(tmp_path: Path, netns: str) -> None:
     assert "fwc never makes this: limit some" in difference.json["notes"]
     host.apply()
     assert host.in_sync(POLICY)
+
+
+def test_dynamic_members_do_not_part_from_the_policy(tmp_path: Path, netns: str) -> None:
+    """`explain --live` knows who is a member on this host: such a packet is accepted by the policy as by the rules, others by neither."""
+    host = Host(tmp_path, netns)
+    host.apply()
+    assert host.fwc("allow", "agents", "6.6.6.6").code == 0
+    asked = ("explain", host.write(), "--live", "--to", "udp/5060", "--json", "--from")
+
+    member, stranger = (valid("explain-live", host.fwc(*asked, source).json) for source in ("6.6.6.6", "6.6.6.7"))
+
+    assert (member["verdict"], member["policy"]["verdict"], member["agrees"]) == ("accept", "accept", True)
+    assert (stranger["verdict"], stranger["policy"]["verdict"], stranger["agrees"]) == ("drop", "drop", True)
+    assert "6.6.6.6 is a dynamic member of agents on this host" in host.fwc(*asked[:-2], "--from", "6.6.6.6").out
