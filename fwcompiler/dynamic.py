@@ -72,7 +72,8 @@ def allow(host: Host, group: str, text: str, length: str | None = None, reason: 
     version, address = single_address(text)
     reason = _reason(reason)
     lasting = None if length is None else _length(length, kind)
-    with _writing(host) as (live, journal):
+    with _writing(host, "allow") as (live, journal):
+        killed = _killed_apply(host)
         target = _target(live, group, version, host)
         lasting = lasting or min(target.timeout or 1, LONGEST[kind])
         before = _seen(kind, live, version, address)
@@ -84,7 +85,7 @@ def allow(host: Host, group: str, text: str, length: str | None = None, reason: 
     static = any(s.ranges and s.name == f"{group}.v{version}" for s in after.sets)
     notes = (f"the policy has {wish.address} in {group} already: it stays in also when this time is over",) if static else ()
     access = compare(before, after)
-    return MemberChange(wish, access, (*notes, *_ended(access, before, after, host)))
+    return MemberChange(wish, access, (*notes, *killed, *_ended(access, before, after, host)))
 
 
 def revoke(host: Host, group: str, text: str) -> MemberChange:
@@ -96,7 +97,8 @@ def revoke(host: Host, group: str, text: str) -> MemberChange:
     """
     kind = host.backend.set_kind
     version, address = single_address(text)
-    with _writing(host) as (live, journal):
+    with _writing(host, "revoke") as (live, journal):
+        killed = _killed_apply(host)
         recorded = (group, version, address) in journal.read().allowed
         target = dynamic_set(live, group, version) if recorded else _target(live, group, version, host)
         before = _seen(kind, live, version, address)
@@ -109,7 +111,14 @@ def revoke(host: Host, group: str, text: str) -> MemberChange:
         _withdraw(kind, target, wish, journal)
     after = before if target is None else _given(before, target, ())
     access = compare(before, after)
-    return MemberChange(wish, access, _ended(access, before, after, host))
+    return MemberChange(wish, access, (*killed, *_ended(access, before, after, host)))
+
+
+def _killed_apply(host: Host) -> tuple[str, ...]:
+    """What to say where an apply did not get to its end; the lock is ours, so none is at work."""
+    if host.state.interrupted() is None or host.state.trial() is not None:
+        return ()
+    return ("an apply was killed before its end: `fwc status` tells what is in force, `fwc apply` puts it right",)
 
 
 def _ended(access: AccessChange, before: Ruleset, after: Ruleset, host: Host) -> tuple[str, ...]:
@@ -219,11 +228,11 @@ def _wish(do: str, group: str, version: int, address: int, lasting: int | None =
 
 
 @contextmanager
-def _writing(host: Host) -> Iterator[tuple[Ruleset, Journal]]:
+def _writing(host: Host, what: str) -> Iterator[tuple[Ruleset, Journal]]:
     """The only writer, in the host's network, with the rules in force and what an earlier writer left undone carried out."""
     runner.require(host.backend.programs)
     netns.require_host()
-    with host.state.lock(), host.namespace.entered():
+    with host.state.lock(what), host.namespace.entered():
         journal = Journal(host.state.path)
         live = host.backend.parse(runner.outputs(host.backend.listing(big=True)))
         _heal(host.backend.set_kind, live, journal)

@@ -20,7 +20,7 @@ from fwcompiler.registry import installed, load
 from fwcompiler.report import counters_json
 from fwcompiler.ruleset import InRanges, Interface, Ruleset
 from fwcompiler.tables import table_text
-from fwcompiler.trial import left
+from fwcompiler.trial import interruption, left
 
 if TYPE_CHECKING:
     from fwcompiler.shapes import GenerationShape, MemberShape, PendingShape, StatusShape
@@ -50,7 +50,7 @@ def read_status(host: Host) -> StatusShape:
         "trial": _trial(host),
         "counters": counters_json(backend.counters(listing)),
         "members": _members(host, live),
-        "notes": [*_routing(host, live), *notes(host, live), *_elsewhere(host)],
+        "notes": [*_interrupted(host, live), *_routing(host, live), *notes(host, live), *_elsewhere(host)],
         "second_reading": _second_reading(host, listing),
     }
 
@@ -58,6 +58,11 @@ def read_status(host: Host) -> StatusShape:
 def _trial(host: Host) -> PendingShape | None:
     trial = host.state.trial()
     return None if trial is None else {"number": trial.number, "seconds_left": round(left(trial), 1), "previous": trial.previous}
+
+
+def _interrupted(host: Host, live: Ruleset) -> list[str]:
+    said = interruption(host, live)
+    return [said] if said else []
 
 
 def _listing(host: Host) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from fwcompiler.backend import Backend, Command
 from fwcompiler.diagnostics import Failure, HostRefused
 from fwcompiler.kernel import detached, runner, session
 from fwcompiler.members import Event, Journal, group_of, with_members
-from fwcompiler.pipeline import Host, observe, recorded, target
+from fwcompiler.pipeline import Host, applied, observe, recorded, target
 from fwcompiler.plan import Plan, make_plan, with_static
 from fwcompiler.proof.access import compare
 from fwcompiler.proof.sending import compare_sending
@@ -215,8 +215,10 @@ def _before(host: Host, trial: Trial) -> Iterator[tuple[Backend, Ruleset]]:
     yield from sorted(pairs, key=lambda pair: not pair[1])
 
 
-def settle(host: Host) -> None:
+def settle(host: Host) -> str:
     """Finish what an earlier fwc left behind: a trial whose time is up, an apply that was killed. The caller holds the lock.
+
+    Returns what became of the latter, in words.
 
     Raises:
         HostRefused: a trial is pending and has time left, or cannot be ended.
@@ -224,14 +226,14 @@ def settle(host: Host) -> None:
     host.state.finish()
     trial = host.state.trial()
     if trial is None:
-        _recover(host)
-        return
+        return _recover(host)
     if trial.boot != session.boot_id():
         host.state.end_trial(trial, "the machine was started again")
-        return
+        return ""
     if left(trial):
         no_trial(host.state)
     go_back(host, trial, "not confirmed in time")
+    return f"the time of generation {trial.number} was up: the rules from before are back"
 
 
 def no_trial(state: StateDir) -> None:
@@ -248,21 +250,52 @@ def no_trial(state: StateDir) -> None:
         )
 
 
-def _recover(host: Host) -> None:
+def _recover(host: Host) -> str:
     """An apply that was killed between the kernel and its record: recorded where the kernel holds all of it, else dropped."""
     state = host.state
     pending = state.interrupted()
     if pending is None:
-        return
+        return ""
     with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, Failure):
         generation = state.generation("pending")
         backend = load(generation.backend)
         wanted = recorded(backend, state, "pending")
         live = observe(replace(host, backend=backend), wanted.contents())
         if not generation.trial and make_plan(backend, live, wanted).in_sync:
-            state.commit(pending)
-            return
+            recorded_now = state.commit(pending)
+            return f"{_killed(generation)} had done all but its record: it is generation {recorded_now.number} now"
+    what = "an apply"
+    with suppress(OSError, ValueError):
+        what = _killed(state.generation("pending"))
     state.discard(pending)
+    return f"{what} did not get to its end, and is not recorded"
+
+
+def _killed(generation: Generation) -> str:
+    return f"an apply of {generation.policy} ({generation.applied_at}, by {generation.applied_by}) that was killed"
+
+
+def interruption(host: Host, live: Ruleset) -> str:
+    """What an apply that was killed left behind, in words with the remedy; nothing where none was, or while one is at work.
+
+    `live`: the rules that the kernel holds now, as :func:`fwcompiler.pipeline.observe` says it.
+    """
+    state = host.state
+    if state.interrupted() is None or state.trial() is not None or state.holder() is not None:
+        return ""
+    try:
+        generation = state.generation("pending")
+        same = make_plan(host.backend, live, recorded(host.backend, state, "pending")).in_sync
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return "an apply was killed while it wrote down what it was going to do; `fwc apply` puts it right"
+    before = applied(host)
+    if same:
+        found = "all of its rules are in force, and are not recorded yet"
+    elif before is not None and make_plan(host.backend, live, before).in_sync:
+        found = "the rules from before are in force"
+    else:
+        found = "what is in force is neither what it wanted nor what was before"
+    return f"{_killed(generation)} did not get to its end: {found}; `fwc apply {generation.policy}` puts it right"
 
 
 def confirm(host: Host, *, same_session: bool) -> Generation:

@@ -26,7 +26,7 @@ from fwcompiler.commands.app import (
     state_dir,
     target_namespace,
 )
-from fwcompiler.commands.safely import Confirm, Lockout, Reason, Wait, access_words, finish, knock, starter, trial_time
+from fwcompiler.commands.safely import Confirm, Lockout, Reason, Wait, access_words, finish, knock, say, starter, trial_time
 from fwcompiler.diagnostics import EXIT_DIFFERS, EXIT_OK
 from fwcompiler.records import Note
 
@@ -57,6 +57,7 @@ def diff(
     """Show what an apply would change: access gained and lost, then the kernel changes."""
     from fwcompiler.neighbours import notes
     from fwcompiler.pipeline import plan
+    from fwcompiler.trial import interruption
 
     options: Options = context.obj
     compiled = compiled_policy(policy, options)
@@ -64,7 +65,8 @@ def diff(
         proof = proof_wanted(no_proof)
         planned = plan(compiled, host, proof=proof)[0] if against == ["live"] else _compared(compiled, host, against, proof=proof)
         if against == ["live"]:
-            planned = replace(planned, notes=(*planned.notes, *notes(host, planned.live)))
+            killed = interruption(host, planned.live)
+            planned = replace(planned, notes=(*planned.notes, *((killed,) if killed else ()), *notes(host, planned.live)))
             if not planned.in_sync:
                 knock(planned, compiled, host, options, allow=True)
     if against != ["live"] and planned.in_sync and not options.json:
@@ -164,7 +166,7 @@ def apply(
             return EXIT_OK if planned.in_sync else EXIT_DIFFERS
         must_ask(yes)
         with host.state.lock(f"apply {policy}"):
-            settle(host)
+            say(settle(host), options)
             if is_outdated(compiled, started):
                 compiled = compiled_policy(policy, options)
             change = _Change(compiled, host, options, yes, allow_lockout, proof, Note(reason, trial=seconds))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fwcompiler.commands.app import Options, app, ask, chosen_host, must_ask, print_json, show_plan, state_dir, target_namespace
-from fwcompiler.commands.safely import Confirm, Lockout, Reason, Wait, access_words, finish, knock, starter, trial_time
+from fwcompiler.commands.safely import Confirm, Lockout, Reason, Wait, access_words, finish, knock, say, starter, trial_time
 from fwcompiler.diagnostics import EXIT_OK, HostRefused
 from fwcompiler.records import Note
 
@@ -56,7 +56,7 @@ def rollback(
             return EXIT_OK
         must_ask(yes)
         with host.state.lock("rollback"):
-            settle(host)
+            say(settle(host), options)
             target, there = _destination(host, number, options)
             planned = plan_recorded(there, target)
             note = Note(reason, trial=seconds, restores=target, changes=access_words(planned, None))

@@ -86,6 +86,12 @@ def _warn(findings: tuple[Finding, ...] | list[Finding], options: Options) -> No
         print(format_findings([replace(f, severity="warning") for f in findings], color=color), file=sys.stderr)
 
 
+def say(note: str, options: Options) -> None:
+    """A note beside the output; nothing where it is empty."""
+    if note and not options.quiet:
+        print(f"note: {note}", file=sys.stderr)
+
+
 def access_words(planned: Plan, compiled: Compiled | None) -> tuple[str, ...]:
     """Access gained and lost, one line each, as history tells it."""
     from fwcompiler.report import access_lines, sending_lines

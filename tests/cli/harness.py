@@ -161,6 +161,32 @@ def program(*arguments: str, prefix: Sequence[str] = (), env: Mapping[str, str] 
     return Ran(done.returncode, done.stdout, done.stderr)
 
 
+FAULT = """
+import importlib, os, signal, sys
+place, when = sys.argv[1:3]
+module, _, name = place.rpartition(":")
+owner = importlib.import_module(module)
+*path, name = name.split(".")
+for part in path:
+    owner = getattr(owner, part)
+real = getattr(owner, name)
+def die(*a, **k):
+    if when == "after":
+        real(*a, **k)
+    os.kill(os.getpid(), signal.SIGKILL)
+setattr(owner, name, die)
+from fwcompiler.cli import run
+sys.exit(run(sys.argv[3:]))
+"""
+
+
+def killed_at(host: Host, place: str, when: str, *arguments: str, env: Mapping[str, str] | None = None) -> int:
+    """Run a command as a program that is killed before or after a function of fwc's, `module:name`; returns how it ended."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("FWC_STATE_DIR", "NO_COLOR", "SSH_CONNECTION")}
+    argv = [sys.executable, "-c", FAULT, place, when, *host.common, *arguments]
+    return subprocess.run(argv, env={**environment, **(env or {})}, stdin=subprocess.DEVNULL, check=False).returncode
+
+
 def valid(name: str, value: Any) -> Any:
     """The value, after the schema in `schemas/` accepted it."""
     schema = json.loads((SCHEMAS / f"{name}.schema.json").read_text(encoding="utf-8"))

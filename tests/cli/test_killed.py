@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli.harness import FWC, Host, valid, wrapper
+from cli.harness import FWC, POLICY, Host, killed_at, valid, wrapper
 
 from fwcompiler.addresses import EVERYONE, NOBODY, Addresses
 
@@ -161,3 +161,35 @@ def test_interrupted(tmp_path: Path, netns: str, backend: str, name: str) -> Non
 
         check_and_heal(host, old, new)
         old, new = new, old
+
+
+MOMENTS = {
+    "before": ("fwcompiler.apply:_execute", "before", "the rules from before are in force", "did not get to its end, and is not recorded"),
+    "after": ("fwcompiler.apply:_verify", "after", "all of its rules are in force, and are not recorded yet", "it is generation 2 now"),
+}
+
+
+@pytest.mark.parametrize("backend", ["nftables", "iptables-legacy"])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_apply_is_told(host: Host, backend: str, moment: str) -> None:
+    """An apply that was killed is told by `status`, `diff`, `allow` and `revoke` with what is in force and what to do; the next apply
+    says what became of it, and then nothing is left to say.
+    """
+    host.backend = backend
+    host.apply()
+    place, when, in_force, became = MOMENTS[moment]
+    policy = host.write(POLICY.replace("192.0.2.10,", "192.0.2.11,"))
+
+    assert killed_at(host, place, when, "apply", policy, "--yes", "-q") == -signal.SIGKILL
+
+    status, diff = valid("status", host.fwc("status", "--json").json), host.fwc("diff", policy, "--json").json
+    for notes in (status["notes"], diff["notes"]):
+        assert f"that was killed did not get to its end: {in_force}; `fwc apply {policy}` puts it right" in notes[0]
+    assert (status["edited"], diff["edited"]) == ([], []), "nobody changed these by hand"
+    for command in ("allow", "revoke"):
+        ran = host.fwc(command, "agents", "198.51.100.99")
+        assert (ran.code, "note: an apply was killed before its end: `fwc status` tells" in ran.out) == (0, True), ran
+    ran = host.fwc("apply", policy, "--yes")
+    assert (ran.code, f"note: an apply of {policy}" in ran.err, became in ran.err) == (0, True, True), ran
+    assert host.fwc("status", "--json").json["notes"] == []
+    assert host.fwc("apply", policy, "--yes").err == ""

@@ -12,14 +12,14 @@ import re
 import select
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import pytest
-from cli.harness import FWC, Host, valid, wrapper
+from cli.harness import BACKENDS, FWC, Host, killed_at, valid, wrapper
 
 from fwcompiler.kernel import detached
 from fwcompiler.trial import timer
@@ -38,8 +38,8 @@ NEW = OLD.replace("198.51.100.16/28", "198.51.100.32/28").replace("sip: {from: [
 MINE = {"SSH_CONNECTION": "192.0.2.10 50022 198.51.100.5 22"}
 OTHER = {"SSH_CONNECTION": "192.0.2.10 50024 198.51.100.5 22"}
 PAIR = ("nftables", "iptables-nft")
+LEGACY = "iptables-legacy"
 CLEAN = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FWC_STATE_DIR", "SSH_CONNECTION")}
-DYNAMIC = {"nftables": "agents.dynamic.v4", "iptables-nft": "fwc-agents~4"}
 
 
 @dataclass
@@ -123,18 +123,24 @@ def world_of(host: Host, backend: str) -> World:
     host.backend = backend
     host.run("nft", "-f", "-", stdin="table inet others { chain c { type filter hook input priority 10; tcp dport 9 counter drop; }; }")
     host.apply(OLD)
+    began = time.monotonic()
     assert host.fwc("allow", "agents", "192.0.2.66", "--for", "1h").code == 0
     if backend == "nftables":
-        host.run("nft", "add", "element", "inet", "fwc", DYNAMIC[backend], "{ 192.0.2.77 timeout 1h }")
+        host.run("nft", "add", "element", "inet", "fwc", "agents.dynamic.v4", "{ 192.0.2.77 timeout 1h }")
     else:
-        host.run("ipset", "add", DYNAMIC[backend], "192.0.2.77", "timeout", "3600")
-    return World(host, rules(host), foreign_rules(host), time.monotonic())
+        host.run("ipset", "add", "fwc-agents~4", "192.0.2.77", "timeout", "3600")
+    return World(host, rules(host), foreign_rules(host), began)
 
 
 @pytest.fixture(params=PAIR)
 def world(request: pytest.FixtureRequest, host: Host) -> World:
-    """The world, with nftables and with iptables."""
+    """The world, with nftables and with iptables; a test may name the backends itself."""
     return world_of(host, request.param)
+
+
+ALL = pytest.mark.parametrize("world", BACKENDS, indirect=True)
+ONE = pytest.mark.parametrize("world", ["nftables"], indirect=True)
+"""What has nothing to do with the backend."""
 
 
 def on_trial(world: World, seconds: int, *more: str) -> None:
@@ -185,6 +191,7 @@ def _own_terminal() -> None:
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
+@ALL
 def test_no_answer(world: World) -> None:
     """Nobody confirms: the old rules come back."""
     on_trial(world, 1)
@@ -194,6 +201,7 @@ def test_no_answer(world: World) -> None:
     assert "not confirmed in time" in why
 
 
+@ONE
 def test_no_answer_while_it_waits(world: World) -> None:
     """Who waits at a terminal sees the time run, is told that the rules went back, and the exit code is 5."""
     terminal = Terminal(world, 1)
@@ -204,7 +212,11 @@ def test_no_answer_while_it_waits(world: World) -> None:
     world.returned()
 
 
-@pytest.mark.parametrize("event", ["Ctrl-C", "SIGTERM", "hang-up", "kill -9"])
+@pytest.mark.parametrize(
+    ("world", "event"),
+    [*product(PAIR, ("Ctrl-C", "SIGTERM", "hang-up", "kill -9")), (LEGACY, "hang-up"), (LEGACY, "kill -9")],
+    indirect=["world"],
+)
 def test_whatever_happens_to_who_waits(world: World, event: str) -> None:
     """Ctrl-C, SIGTERM, a hang-up and `kill -9` end the waiting; the trial goes on and ends as it should."""
     terminal = Terminal(world, 2)
@@ -222,6 +234,7 @@ def test_whatever_happens_to_who_waits(world: World, event: str) -> None:
     world.returned()
 
 
+@ONE
 def test_watcher_ignores_signals(world: World) -> None:
     """What brings the old rules back does not care for Ctrl-C, hang-ups and the polite kill."""
     on_trial(world, 2)
@@ -232,42 +245,32 @@ def test_watcher_ignores_signals(world: World) -> None:
     world.returned()
 
 
-FAULT = """
-import importlib, os, signal, sys
-place, when = sys.argv[1:3]
-module, _, name = place.rpartition(":")
-owner = importlib.import_module(module)
-*path, name = name.split(".")
-for part in path:
-    owner = getattr(owner, part)
-real = getattr(owner, name)
-def die(*a, **k):
-    if when == "after":
-        real(*a, **k)
-    os.kill(os.getpid(), signal.SIGKILL)
-setattr(owner, name, die)
-from fwcompiler.cli import run
-sys.exit(run(sys.argv[3:]))
-"""
-FAULTS = [
-    ("fwcompiler.state:StateDir.begin_trial", "before"),
-    ("fwcompiler.state:StateDir._number", "after"),
-    ("fwcompiler.state:StateDir.begin_trial", "after"),
-    ("fwcompiler.kernel.detached:start", "before"),
-    ("fwcompiler.kernel.detached:start", "after"),
-    ("fwcompiler.apply:_execute", "before"),
-    ("fwcompiler.apply:_execute", "after"),
-    ("fwcompiler.apply:_verify", "after"),
-    ("fwcompiler.apply:reconcile", "after"),
-]
+FAULTS = {
+    f"{when} {place.rpartition(':')[2].rpartition('.')[2]}": (place, when)
+    for place, when in [
+        ("fwcompiler.state:StateDir.begin_trial", "before"),
+        ("fwcompiler.state:StateDir._number", "after"),
+        ("fwcompiler.state:StateDir.begin_trial", "after"),
+        ("fwcompiler.kernel.detached:start", "before"),
+        ("fwcompiler.kernel.detached:start", "after"),
+        ("fwcompiler.apply:_execute", "before"),
+        ("fwcompiler.apply:_execute", "after"),
+        ("fwcompiler.apply:_verify", "after"),
+        ("fwcompiler.apply:reconcile", "after"),
+    ]
+}
 
 
-@pytest.mark.parametrize(("place", "when"), FAULTS, ids=[f"{w} {p.rpartition(':')[2]}" for p, w in FAULTS])
-def test_killed_between_two_steps(world: World, place: str, when: str) -> None:
+@pytest.mark.parametrize(
+    ("world", "fault"),
+    [*product(PAIR, FAULTS), *product((LEGACY,), ("after begin_trial", "after _execute", "after _verify"))],
+    indirect=["world"],
+)
+def test_killed_between_two_steps(world: World, fault: str) -> None:
     """`kill -9` at any step from arming to the record: the timer, or where none was armed yet the next command, puts it right."""
-    argv = (*world.host.common, "apply", world.host.write(NEW), "--yes", "-q", "--confirm", "1s", "--no-wait")
-    killed = subprocess.run([sys.executable, "-c", FAULT, place, when, *argv], env={**CLEAN, **MINE}, stdin=subprocess.DEVNULL, check=False)
-    assert killed.returncode == -signal.SIGKILL
+    place, when = FAULTS[fault]
+    argv = ("apply", world.host.write(NEW), "--yes", "-q", "--confirm", "1s", "--no-wait")
+    assert killed_at(world.host, place, when, *argv, env=MINE) == -signal.SIGKILL
 
     if watchers(world.host):
         world.returned()
@@ -338,6 +341,7 @@ def test_other_commands_during_a_trial(world: World) -> None:
     world.returned()
 
 
+@ALL
 def test_confirmation_needs_a_new_connection(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """The connection that applied cannot confirm; another one can, and then nothing goes back any more."""
     on_trial(world, 60)
@@ -356,6 +360,7 @@ def test_confirmation_needs_a_new_connection(world: World, monkeypatch: pytest.M
     assert [g["state"] for g in host.fwc("history", "--json").json["generations"]] == ["in force", "confirmed"]
 
 
+@ONE
 def test_same_session_overrides(world: World) -> None:
     """`--same-session` confirms over the connection that applied."""
     on_trial(world, 60)
@@ -375,6 +380,7 @@ def test_without_ssh_a_session_is_a_connection(host: Host) -> None:
     world.check_new()
 
 
+@ONE
 def test_confirmed_while_it_waits(world: World) -> None:
     """Who waits is told of the confirmation and ends with 0."""
     terminal = Terminal(world, 60)
@@ -384,6 +390,7 @@ def test_confirmed_while_it_waits(world: World) -> None:
     assert terminal.close() == 0
 
 
+@ALL
 def test_boot_during_a_trial(world: World) -> None:
     """A machine that is started again during a trial boots the last confirmed generation; nothing comes back later."""
     on_trial(world, 60)
@@ -391,8 +398,8 @@ def test_boot_during_a_trial(world: World) -> None:
     if host.backend == "nftables":
         host.run("nft", "delete", "table", "inet", "fwc")
     else:
-        host.run("iptables-nft", "-F")
-        host.run("ip6tables-nft", "-F")
+        for version in (4, 6):
+            host.iptables("-F", version=version)
 
     assert host.fwc("restore").code == 0
 
