@@ -215,10 +215,23 @@ def explain_packet(policy: Resolved, packet: Packet) -> Explanation:
     if policy.edge is None:
         return explain(policy, packet)
     passed = follow(policy, policy.edge, packet)
-    explained = explain_by(policy, passed.packet, passed.meaning)
+    meaning = passed.meaning
+    if not passed.leaves and packet.interface in (policy.edge.wan, policy.edge.lan):
+        # The edge drops it for want of a service of its own; the service that was meant is the reason to tell.
+        meaning = (*meaning[:-1], *_not_sent_on(policy.edge, packet), meaning[-1])
+    explained = explain_by(policy, passed.packet, meaning)
     if not passed.host or passed.packet.destination is None:
         return explained
     to = f"{passed.host} ({address_text(packet.version, passed.packet.destination)})"
     step = f"sent on to {to}" if passed.sent else f"passes through to {to}"
     reason = f"{explained.reason}; {step}" if explained.verdict == "accept" else explained.reason
     return replace(explained, reason=reason, steps=(explained.steps[0], step, *explained.steps[1:]))
+
+
+def _not_sent_on(edge: ResolvedEdge, packet: Packet) -> Iterator[Clause]:
+    """The drop at the edge itself of a packet that a service would be sent on with, were its source named."""
+    for forward in edge.forwards if packet.version == 4 else ():
+        service, groups = forward.service, forward.service.groups
+        if groups is not None and replace(_passes(forward), destination=None).holds(packet):
+            reason = f"{service.name} goes to {forward.host.name}, and does not name the source: it is in none of {', '.join(groups)}"
+            yield Clause("drop", reason, at=forward.at)

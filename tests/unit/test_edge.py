@@ -112,6 +112,25 @@ def test_where_packets_go(tmp_path: Path, source: str, to: str, state: str, inte
     assert f"{found.verdict} {found.service}" + (f"; {where}" if where else "") == expected
 
 
+@pytest.mark.parametrize(
+    ("source", "to", "interface", "reason"),
+    [
+        ("8.8.8.8", "udp/5060", "eth0", "sip goes to d1, and does not name the source: it is in none of carriers, agents, cluster"),
+        ("198.51.100.17", "tcp/8089", "eth0", "wss goes to d1, and does not name the source: it is in none of agents"),
+        ("8.8.8.8", "udp/20000", "eth0", "no service covers it"),
+        ("172.17.0.2", "udp/5060", "docker0", "no service covers it"),
+        ("192.0.2.99", "udp/5060", "eth0", "the block list has the source: 192.0.2.99 is in bad"),
+    ],
+)
+def test_a_drop_at_the_edge_tells_the_service_that_was_meant(tmp_path: Path, source: str, to: str, interface: str, reason: str) -> None:
+    """What a service would send on, were its source named, is dropped by the edge itself for that reason."""
+    version, address = parse_address(source)
+    found = explain_packet(read(tmp_path), packet_to(version, address, parse_ports(to), interface=interface))
+
+    assert (found.verdict, found.service) == ("drop", None)
+    assert found.reason.startswith(reason)
+
+
 def test_the_compiled_rules_mean_what_the_policy_says(tmp_path: Path) -> None:
     """From arrival to departure, for both families, to the edge and through it: no packet fares otherwise."""
     policy = read(tmp_path)
