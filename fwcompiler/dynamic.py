@@ -7,19 +7,18 @@ on their sizes.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from fwcompiler import connections
 from fwcompiler.addresses import AddressError, Ranges, address_text, parse_entry
 from fwcompiler.backend import SetKind
 from fwcompiler.diagnostics import HostRefused, UsageError, did_you_mean
 from fwcompiler.durations import seconds
-from fwcompiler.kernel import netns, runner
+from fwcompiler.kernel import netns, runner, session
 from fwcompiler.members import Book, Event, Journal, Key, dynamic_set, group_of, milliseconds_left
 from fwcompiler.proof.access import AccessChange, compare
 from fwcompiler.proof.sending import compare_sending
@@ -221,10 +220,9 @@ def _reason(text: str) -> str:
 
 def _wish(do: str, group: str, version: int, address: int, lasting: int | None = None, reason: str = "") -> Event:
     now = round(time.time(), 3)
-    by = os.environ.get("SUDO_USER") or os.environ.get("USER") or str(os.geteuid())
-    peer = os.environ.get("SSH_CONNECTION", "").partition(" ")[0]
     until = None if lasting is None else now + lasting
-    return Event(now, "allow" if do == "allow" else "revoke", group, address_text(version, address), until, by, peer, reason)
+    kind: Literal["allow", "revoke"] = "allow" if do == "allow" else "revoke"
+    return Event(now, kind, group, address_text(version, address), until, session.user(), session.peer_text(), reason)
 
 
 @contextmanager

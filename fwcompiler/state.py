@@ -239,7 +239,7 @@ class StateDir:
         return {
             "number": max([*self.numbers(), 0]) + 1,
             "applied_at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "applied_by": os.environ.get("SUDO_USER") or os.environ.get("USER") or str(os.geteuid()),
+            "applied_by": session.user(),
             "applied_from": session.peer_text(),
             "reason": note.reason,
             "lockout": note.lockout,

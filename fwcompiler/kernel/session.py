@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import time
 from collections.abc import Iterator
@@ -33,6 +34,16 @@ def ssh_connection(*, ancestors: bool = True) -> Connection | None:
     """
     texts = [os.environ.get(SSH, ""), *(_inherited() if ancestors else ())]
     return next((found for text in texts if (found := _parse(text))), None)
+
+
+def user() -> str:
+    """Who works here: whoever called `sudo`, the user of the login, or the owner of this process; its number where it has no name."""
+    if os.environ.get("SUDO_USER"):
+        return os.environ["SUDO_USER"]
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.geteuid())
 
 
 def _parse(text: str) -> Connection | None:

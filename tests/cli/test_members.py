@@ -317,14 +317,14 @@ def test_record_first(host: Host) -> None:
 
 def test_who_asked(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     """The record says who let a member in, from where, and why; `status` shows it."""
-    monkeypatch.setenv("SUDO_USER", "erika")
+    monkeypatch.setenv("SUDO_USER", "operator")
     monkeypatch.setenv("SSH_CONNECTION", "198.18.7.7 50000 198.18.0.1 22")
     host.fwc("allow", "agents", "198.18.0.9", "--reason", "call 4711")
 
     text: Ran = host.fwc("status")
 
     assert "198.18.0.9" in text.out
-    assert "by erika from 198.18.7.7: call 4711" in text.out
+    assert "by operator from 198.18.7.7: call 4711" in text.out
 
 
 def test_group_that_blocks(host: Host) -> None:
