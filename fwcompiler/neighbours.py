@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, cast
 
@@ -22,14 +22,17 @@ from fwcompiler.proof.host import THROUGH
 from fwcompiler.proof.prove import FAMILIES, differ
 from fwcompiler.proof.space import FIRST_ATOM, SOURCE, Space
 from fwcompiler.registry import load
-from fwcompiler.ruleset import AHEAD, Goto, Jump, Ruleset
+from fwcompiler.ruleset import AHEAD, Goto, HookName, Jump, Ruleset
 
 TABLE, PREFIX = "inet fwc", "FWC-"
 """What is ours, by its name in nftables and by the first letters of chains in iptables."""
 
 ON_THE_WAY = "rules of others that meet what hosts behind this edge send, or get at their own addresses"
 """What is not composed with ours. What is sent to the edge itself is, wherever it goes on to."""
-
+SENT = "rules of others that meet what this host sends"
+"""The same for `egress`; `explain --live` follows single packets through them."""
+SENDING = "egress"
+"""Begins the name that rules about what this host sends count under."""
 
 End = Literal["accept", "drop", "reject", "redirect"]
 VERBS: Mapping[End, str] = {"accept": "accepts", "drop": "drops", "reject": "rejects", "redirect": "redirects"}
@@ -82,8 +85,17 @@ class WholeHost:
     @property
     def alone_on_the_way(self) -> bool:
         """True where packets that are sent on meet nobody else's rules; a call of ours is not somebody else's."""
+        return self._alone_at(THROUGH)
+
+    @property
+    def alone_in_sending(self) -> bool:
+        """True where nobody else's rules meet what this host sends, or ours do not restrict that."""
+        restricted = any(r.service.startswith(SENDING) for c in self.ours.chains for r in c.rules)
+        return not restricted or self._alone_at(("output", "postrouting"))
+
+    def _alone_at(self, hooks: Sequence[HookName]) -> bool:
         own = {c.name: c.rules for c in self.ours.chains}
-        bases = [c for c in self.rules.chains if c.hook and c.hook.name in THROUGH and own.get(c.name) != c.rules]
+        bases = [c for c in self.rules.chains if c.hook and c.hook.name in hooks and own.get(c.name) != c.rules]
         theirs = (r for c in bases for r in c.rules if not (isinstance(r.verdict, Goto | Jump) and r.verdict.chain in own))
         return not any(theirs) and not any(c.hook and c.hook.policy == "drop" for c in bases)
 
@@ -156,7 +168,8 @@ def notes(host: Host, ours: Ruleset) -> Iterator[str]:
         yield from map(str, meddling(whole))
     except StepsExceeded:
         yield "rules of others are loaded, more than can be decided"
-    yield from (f"not looked at: {what}" for what in whole.unread)
+    sending = () if whole.alone_in_sending else (SENT,)
+    yield from (f"not looked at: {what}" for what in (*whole.unread, *sending))
 
 
 @dataclass(frozen=True)

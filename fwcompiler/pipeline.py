@@ -216,7 +216,7 @@ def observe(host: Host, known: Mapping[str, Ranges] | None = None) -> Ruleset:
     """What the kernel holds of ours, set contents and dynamic members included.
 
     ``known``: contents of big sets as last applied, trusted where their size and samples agree with the kernel; by default
-    those of the current generation, none where the host is to be read in full.
+    those of the current generation. Nothing is where the host is to be read in full.
 
     Raises:
         HostRefused: a program is missing, or this user may not ask.
@@ -224,12 +224,19 @@ def observe(host: Host, known: Mapping[str, Ranges] | None = None) -> Ruleset:
     backend = host.backend
     runner.require(backend.programs)
     netns.require_host()
-    if known is None:
-        known = {} if host.full else remembered(host)
+    if host.full:
+        known = {}
+    elif known is None:
+        known = remembered(host)
     big = any(len(ranges) > kernel.READ_WHOLE for ranges in known.values())
     with host.namespace.entered():
         listed = backend.parse(runner.outputs(backend.listing(big=big)))
         return replace(listed, sets=tuple(kernel.fill_in(backend.set_kind, s, known) for s in listed.sets))
+
+
+def sampled(live: Ruleset) -> tuple[str, ...]:
+    """Sets so big that `observe` compared their content by number, by samples, and by what was applied."""
+    return tuple(s.name for s in live.sets if len(s.ranges) > kernel.READ_WHOLE)
 
 
 def generation_id(host: Host) -> int | None:

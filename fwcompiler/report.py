@@ -155,7 +155,7 @@ def verify_text(found: Verified) -> str:
     if not lines:
         means = "means" if len(found.compared) == 1 else "mean"
         lines.append(f"proven for all packets: {', '.join(found.compared)} {means} what the policy says")
-        lines += [f"sets too big to read were sampled, --full reads them: {', '.join(found.sampled)}"] if found.sampled else []
+        lines += sampled_text(found.sampled)
         if found.foreign:
             lines.append("but rules that are not fwc's change what becomes of packets:")
         elif not found.alone:
@@ -163,6 +163,11 @@ def verify_text(found: Verified) -> str:
     for m, says in found.foreign:
         lines += [m.packets, f"  the policy: {says}", f"  the host: {m.does}: {m.by}", f"  for example {packet_text(m.packet)}"]
     return "\n".join((*lines, *(f"not looked at: {what}" for what in found.unread)))
+
+
+def sampled_text(names: Sequence[str]) -> tuple[str, ...]:
+    """What is said of sets whose content was not read whole; nothing where there are none."""
+    return (f"sets too big to read were sampled, --full reads them: {', '.join(names)}",) if names else ()
 
 
 def tests_json(found: Sequence[tuple[ResolvedTest, str]]) -> TestsShape:

@@ -8,9 +8,8 @@ from itertools import pairwise
 from fwcompiler.backend import Backend
 from fwcompiler.diagnostics import HostRefused
 from fwcompiler.kernel import runner
-from fwcompiler.kernel.observe import READ_WHOLE
-from fwcompiler.neighbours import ON_THE_WAY, Meddling, meddling, read_host
-from fwcompiler.pipeline import Compiled, Host, disproof, normal_form, observe
+from fwcompiler.neighbours import ON_THE_WAY, SENT, Meddling, meddling, read_host
+from fwcompiler.pipeline import Compiled, Host, disproof, normal_form, observe, sampled
 from fwcompiler.proof.describe import CounterExample, box_text
 from fwcompiler.proof.diagram import StepsExceeded
 from fwcompiler.proof.edge import explain_packet
@@ -52,7 +51,7 @@ def verify_live(compiled: Compiled, host: Host) -> Verified:
     live = observe(replace(host, full=full))
     if not live:
         return Verified((host.backend.name,), (f"{host.backend.name}: nothing of fwc is loaded",))
-    sampled = tuple(s.name for s in live.sets if not full and len(s.ranges) > READ_WHOLE)
+    by_samples = () if full else sampled(live)
     whole = read_host(host, live)
     problems = _strange(live, compiled.ruleset)
     found: list[tuple[Meddling, str]] = []
@@ -61,9 +60,10 @@ def verify_live(compiled: Compiled, host: Host) -> Verified:
     except StepsExceeded:
         problems.append("the rules of others are more than can be decided")
     passing = (ON_THE_WAY,) if compiled.resolved.edge and not whole.alone_on_the_way else ()
-    unread = (*whole.unread, *passing)
-    alone = whole.alone or bool(passing)
-    return Verified((host.backend.name,), tuple(problems), disproof(compiled, live), sampled, tuple(found), unread, alone)
+    apart = (*passing, *(() if whole.alone_in_sending else (SENT,)))
+    unread = (*whole.unread, *apart)
+    alone = whole.alone or bool(apart)
+    return Verified((host.backend.name,), tuple(problems), disproof(compiled, live), by_samples, tuple(found), unread, alone)
 
 
 def _policy_says(compiled: Compiled, packet: Packet) -> str:

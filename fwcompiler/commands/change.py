@@ -56,7 +56,8 @@ def diff(
 ) -> int:
     """Show what an apply would change: access gained and lost, then the kernel changes."""
     from fwcompiler.neighbours import notes
-    from fwcompiler.pipeline import plan
+    from fwcompiler.pipeline import plan, sampled
+    from fwcompiler.report import sampled_text
     from fwcompiler.trial import interruption
 
     options: Options = context.obj
@@ -66,7 +67,9 @@ def diff(
         planned = plan(compiled, host, proof=proof)[0] if against == ["live"] else _compared(compiled, host, against, proof=proof)
         if against == ["live"]:
             killed = interruption(host, planned.live)
-            planned = replace(planned, notes=(*planned.notes, *((killed,) if killed else ()), *notes(host, planned.live)))
+            big = () if full else sampled_text(sampled(planned.live))
+            told = (*((killed,) if killed else ()), *notes(host, planned.live), *big)
+            planned = replace(planned, notes=(*planned.notes, *told))
             if not planned.in_sync:
                 knock(planned, compiled, host, options, allow=True)
     if against != ["live"] and planned.in_sync and not options.json:

@@ -96,3 +96,28 @@ def test_dynamic_members_do_not_part_from_the_policy(tmp_path: Path, netns: str)
     assert (member["verdict"], member["policy"]["verdict"], member["agrees"]) == ("accept", "accept", True)
     assert (stranger["verdict"], stranger["policy"]["verdict"], stranger["agrees"]) == ("drop", "drop", True)
     assert "6.6.6.6 is a dynamic member of agents on this host" in host.fwc(*asked[:-2], "--from", "6.6.6.6").out
+
+
+@pytest.mark.parametrize("backend", ["nftables", "iptables-nft"])
+def test_rules_of_others_about_what_is_sent(tmp_path: Path, netns: str, backend: str) -> None:
+    """Where `egress` restricts what is sent, others' rules at output are named as not looked at, and never said to change nothing."""
+    host = Host(tmp_path, netns, backend)
+    policy = f"{POLICY}egress:\n  - sip: carriers\n  - https: anywhere\n"
+    host.apply(policy)
+    assert not host.fwc("verify", host.write(policy), "--json").json["not_looked_at"]
+
+    if backend == "nftables":
+        host.run("nft", "add table ip x { chain c { type filter hook output priority -10; tcp dport 443 drop; }; }")
+    else:
+        host.iptables("-A", "OUTPUT", "-p", "tcp", "--dport", "443", "-j", "DROP")
+    verified = host.fwc("verify", host.write(policy))
+
+    assert "not looked at: rules of others that meet what this host sends" in verified.out
+    assert "change nothing" not in verified.out
+    assert any("what this host sends" in note for note in host.fwc("status", "--json").json["notes"])
+    assert not any(
+        "what this host sends" in note
+        for note in host.fwc("explain", host.write(policy), "--live", "--from", "192.0.2.1", "--to", "udp/5060", "--json").json[
+            "not_looked_at"
+        ]
+    )

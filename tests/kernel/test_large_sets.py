@@ -86,6 +86,7 @@ def test_swap_between_samples(host: Host) -> None:
 
     assert not drifted(host)
     assert drifted(host, "--full")
+    assert "carriers.v4" in host.fwc("diff", policy).out.splitlines()[0]
     verified = host.fwc("verify", policy, *(("--full",) if host.backend == "nftables" else ()))
     assert (verified.code, STRANGER in verified.out) == (1, True)
     assert host.fwc("diff", policy, "--full").code == 1
