@@ -64,12 +64,13 @@ def lower(policy: Resolved) -> Ruleset:
     """The ruleset that means what the policy says. Same policy, same value."""
     early = [s for s in policy.services if s.early]
     late = [s for s in policy.services if not s.early]
+    spared = [s for s in early if _is_spared(policy, s)]
+    invalid = Rule((StateIn(frozenset(("invalid",))),), Final.DROP, "invalid")
+    sources = (*_block(policy), *_trust(policy))
     rules = (
         *_loopback(),
-        *_block(policy),
-        *_trust(policy),
-        Rule((StateIn(frozenset(("invalid",))),), Final.DROP, "invalid"),
-        *_dispatch(early),
+        *((invalid, *_dispatch(spared), *sources) if spared else (*sources, invalid)),
+        *_dispatch([s for s in early if s not in spared]),
         Rule((StateIn(frozenset(("established", "related"))),), Final.ACCEPT, "established"),
         *_dispatch(late),
         *_icmp(),
@@ -145,6 +146,15 @@ def _blocks_dynamic(policy: Resolved) -> bool:
 def _blocked(policy: Resolved) -> Addresses:
     assert policy.block is not None
     return policy.addresses(policy.block.groups) - policy.addresses(policy.block.excepted)
+
+
+def _is_spared(policy: Resolved, service: ResolvedService) -> bool:
+    """True where the block list holds nobody whom the service accepts, and nobody is let in before services are asked.
+
+    Then the service's own look at the source says what both would say, and its packets pay for one.
+    """
+    groups = service.groups
+    return policy.block is not None and not policy.trust and groups is not None and set(groups) <= set(policy.block.excepted)
 
 
 def _trust(policy: Resolved) -> Iterator[Rule]:
@@ -224,27 +234,21 @@ def early_chains(policy: Resolved) -> Iterator[Chain]:
     """Drops before connection tracking, where a drop costs less and makes no entry: blocked sources, and strangers to signalling.
 
     Only what `input` would drop as well, so that nothing depends on this chain. The media, most of a dialer's packets, pay one
-    look at the port. Packets that are not for this host are not ours to drop; at an edge nobody knows that before NAT, so an edge
-    has no such chain. What goes on is counted at `input`.
+    look at the port. Signalling pays one at its own sources: a look into a large set costs more than all the rest of the chain,
+    so a stranger who is blocked as well is dropped as a stranger. Packets that are not for this host are not ours to drop; at
+    an edge nobody knows that before NAT, so an edge has no such chain. What goes on is counted at `input`.
     """
     strangers = [s for s in policy.services if s.early and s.kind == "restricted" and any(p.protocol == "udp" for p in s.ports)]
-    rules = (
-        *_media(policy),
-        Rule((Interface("in", "lo"),), Final.ACCEPT),
-        *(replace(r, matches=(*r.matches, ForHost())) for r in _block(policy)),
-        *(
-            Rule((PortIn("destination", "udp", span),), Goto(early_name(s)), origin=s.at)
-            for s in strangers
-            for p in s.ports
-            if p.protocol == "udp"
-            for span in p.ranges
-        ),
-    )
     if policy.block is None and not strangers and not any(s.options.bypass for s in policy.services):
         return
+    own = Rule((Interface("in", "lo"),), Final.ACCEPT)
     for service in strangers:
         known = _accept_groups(policy, dict.fromkeys((*policy.trust, *(service.groups or ()))), "", service.at)
-        yield Chain(early_name(service), (*known, Rule((ForHost(),), Final.DROP, service.name, origin=service.at)))
+        yield Chain(early_name(service), (*known, own, Rule((ForHost(),), Final.DROP, service.name, origin=service.at)))
+    ports = [(span, s) for s in strangers for p in s.ports if p.protocol == "udp" for span in p.ranges]
+    dispatch = (Rule((PortIn("destination", "udp", span),), Goto(early_name(s)), origin=s.at) for span, s in ports)
+    blocked = [replace(r, matches=(*r.matches, ForHost())) for r in _block(policy)]
+    rules = (*_media(policy), *dispatch, *((own, *blocked) if blocked else ()))
     yield Chain("early", rules, Hook("prerouting", RAW, "accept"))
 
 

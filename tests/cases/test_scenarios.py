@@ -246,7 +246,8 @@ def _plain_set(line: str) -> str:
 def _decide(case: Case, backend: Backend, space: Space, policy: Resolved) -> None:
     """Every packet, run through the rules that the kernel lists.
 
-    One with a loopback address that should not be there may be dropped before its turn, as blocked or as a stranger.
+    One with a loopback address that should not be there may be dropped before its turn, as blocked or as a stranger; one from a
+    blocked source as a stranger to a service, or as invalid. Whatever drops it first counts it.
     """
     expected, found = [], []
     for with_members in (False, True):
@@ -260,8 +261,8 @@ def _decide(case: Case, backend: Backend, space: Space, policy: Resolved) -> Non
         expected += [f"{each.text}: {each.verdict} {each.label}" for each in packets]
         for each in packets:
             verdict = _verdict_at(_with_members(policy, case) if with_members else policy, ruleset, each) or _verdict(ruleset, each)
-            early = each.label == "loopback" and verdict.startswith("drop ")
-            found.append(f"{each.text}: {'drop loopback' if early else verdict}")
+            early = each.label in ("loopback", "block") and verdict.startswith("drop ")
+            found.append(f"{each.text}: {f'drop {each.label}' if early else verdict}")
     assert expected == found
 
 

@@ -221,12 +221,12 @@ class TestRun:
 
         assert not result.agrees
         wrong_ones = {(o.trial.client.name, o.trial.target.service, o.reached) for o in result.outcomes if not o.agrees}
-        assert {("admins", "sip", True), ("internet", "sip", True)} == wrong_ones
+        assert {("admins", "sip", True), ("internet", "sip", True), ("blocked", "sip", True)} == wrong_ones
         text = lab_text(result)
         assert "MISMATCH internet 192.0.2.1 -> udp/5060: reached, but the policy says dropped: sip does not name the source" in text
         assert "MISMATCH internet 2001:db8::1 -> udp/5060: reached" in text
         assert "REACHED!" in text
-        assert text.endswith("4 of them otherwise than the policy says")
+        assert text.endswith("5 of them otherwise than the policy says")
 
     def test_every_rule_matters(self, example: Compiled) -> None:
         """Each accept taken out of a service, and each drop of the block list, is noticed: no row is green by itself.

@@ -282,7 +282,7 @@ MUTATIONS = (
     Mutation(
         "trusted sources dropped early", gone(r"\t\tip6 saddr @cluster.v6 accept"), ("v6", gone("FWC-e.sip .*fwc-cluster6")), early=True
     ),
-    Mutation("loopback dropped early", gone('iif "lo" accept'), ("v4", gone("FWC-early -i lo")), early=True),
+    Mutation("loopback dropped early", gone('iif "lo" accept'), ("v4", gone("FWC-(early|e.sip) -i lo")), early=True),
     Mutation(
         "another port dropped early",
         sub("udp dport 5060 goto early", "tcp dport 443 goto early"),
