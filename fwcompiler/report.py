@@ -281,7 +281,7 @@ def sending_lines(change: SendingChange, policy: Resolved | None, plus: str, min
     ):
         lines += [f"{start} reach dynamic members of {m.group}: {m.service + ' ' if m.service else ''}{m.to}" for m in members]
     if change.left is not None and change.lost:
-        less = [f"{minus} this host may no longer reach anything else than", *(f"    {text}" for text in _sent_texts(change.left, policy))]
+        less = [f"{minus} this host may no longer reach anything but", *(f"    {text}" for text in _sent_texts(change.left, policy))]
     if change.opened and change.gained:
         more = [f"{plus} this host may reach everything"]
     return more, less

@@ -63,7 +63,12 @@ class Diagram:
         self._root = program.diagram(self._diagrams, self._space)
         self._borders = {number: _borders(self._space, number) for number in NUMBERS}
         self._atoms = {FIRST_ATOM + i: text for text, i in self._space.atoms.items()}
-        self._members = {f"source is a member of {s.name}": {a for a, _ in s.members} for s in ruleset.sets if s.dynamic}
+        self._members = {
+            f"{side} is a member of {s.name}": {a for a, _ in s.members}
+            for s in ruleset.sets
+            if s.dynamic
+            for side in ("source", "destination")
+        }
 
     def verdict(self, packet: Packet) -> str:
         """Where the packet ends; limits count as not exhausted, members are those that were read."""
@@ -99,7 +104,7 @@ class Diagram:
             return True
         if text.startswith("the source exceeds "):
             return False
-        return packet.source in self._members[text]
+        return (packet.destination if text.startswith("destination") else packet.source) in self._members[text]
 
 
 def _borders(space: Space, number: int) -> tuple[list[int], list[int]]:

@@ -111,7 +111,29 @@ def documents(draw: Callable[..., Any]) -> dict[str, Any]:
     if draw(st.booleans()):
         document["trust"] = draw(some)
     draw(options(document))
+    if draw(st.integers(0, 2)) == 0:
+        document["egress"] = draw(egress(document))
     return document
+
+
+ASKED_FOR = ("dns", "ntp", "sip", "iax2", "rtp", "udptl", "https", "vrrp", "web", "mail", "icmp", "tcp/8443", "udp/30000-30010")
+
+
+@st.composite
+def egress(draw: Callable[..., Any], document: dict[str, Any]) -> list[dict[str, Any]]:
+    """Entries for what a host may send: services of the policy and of the catalogue, ports by number, in every form."""
+    names = st.sampled_from((*ASKED_FOR, *document["services"]))
+    groups = sorted(document["groups"])
+    where = st.sampled_from(("anywhere", *groups)) | st.lists(st.sampled_from(groups), min_size=1, max_size=3, unique=True)
+    found: list[dict[str, Any]] = []
+    for name in draw(st.lists(names, min_size=1, max_size=5)):
+        form: Any = draw(where)
+        if draw(st.booleans()):
+            form = {"to": form}
+            if name not in ("rtp", "udptl", "icmp", "vrrp") and draw(st.booleans()):
+                form["ports"] = draw(st.sampled_from((["tcp/8443"], ["udp/5080", "tcp/443"], ["udp/31000-31003"])))
+        found.append({name: form})
+    return found
 
 
 @st.composite
@@ -188,6 +210,38 @@ def packets(draw: Callable[..., Any], policy: Resolved) -> Packet:
         icmp_type=draw(st.sampled_from((0, 1, 2, 3, 4, 5, 8, 11, 12, 128, 129, 133, 135, 136, 137, 143))),
         interface=draw(st.sampled_from(("eth0", "eth0", "eth0", "lo"))),
         state=draw(st.sampled_from(("new", "new", *STATES))),
+    )
+
+
+def own_ports(policy: Resolved) -> list[int]:
+    """Ports at and beside the borders of what a policy's services and entries of `egress` name, at either end."""
+    outlets = policy.egress.outlets if policy.egress else ()
+    named = [*(p for s in policy.services for p in s.ports), *(p for o in outlets for p in (*o.there, *o.here))]
+    spans_ = [span for p in named for span in p.ranges] or [(22, 22)]
+    return sorted({p for low, high in (*spans_, (67, 68), (546, 547)) for p in (low - 1, low, high, high + 1) if 0 < p <= 65535})
+
+
+@st.composite
+def sent(draw: Callable[..., Any], policy: Resolved) -> Packet:
+    """A packet that the host sends, at or beside a border of the policy at both of its ends."""
+    version = draw(st.sampled_from((4, 6)))
+    borders = {b for g in policy.groups.values() for span in g.addresses.family(version) for b in (span[0] - 1, *span, span[1] + 1)}
+    several = {4: (0xE0000012, 0xE0000016, 0xDFFFFFFF, 0xF0000000), 6: ((0xFF02 << 112) + 0x12, (0xFF02 << 112) + 1)}[version]
+    destination = draw(st.sampled_from(sorted(b for b in borders | set(several) if 0 <= b <= LAST[version])) | values(version))
+    protocol = draw(st.sampled_from((6, 6, 6, 17, 17, 17, 17, 1, 58, 112, 2, 47)))
+    ports = st.sampled_from(own_ports(policy)) | st.integers(1, 65535)
+    has_ports = protocol in (PROTOCOLS["tcp"], PROTOCOLS["udp"])
+    return Packet(
+        version,
+        0,
+        protocol,
+        draw(ports) if has_ports else 0,
+        destination,
+        draw(ports) if has_ports else 40000,
+        draw(st.sampled_from((0, 1, 3, 5, 8, 11, 12, 128, 129, 135, 136, 143))),
+        draw(st.sampled_from(("eth0", "eth0", "eth0", "lo"))),
+        draw(st.sampled_from(("new", "new", *STATES))),
+        leaving=True,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,20 +17,26 @@ from property.strategies import (
     LAW,
     address_sets,
     documents,
+    own_ports,
     packets,
     resolved,
+    sent,
     spans,
     verdict,
 )
 
-from fwcompiler.addresses import EVERYONE, NOBODY, Addresses, Ranges, merged
+from fwcompiler.addresses import EVERYONE, LOOPBACK, NOBODY, Addresses, Ranges, covers, merged
 from fwcompiler.kernel import netns, observe, runner
 from fwcompiler.lower import lower
 from fwcompiler.plan import make_plan, with_contents
 from fwcompiler.proof.access import compare
 from fwcompiler.proof.atoms import cut
 from fwcompiler.proof.fields import Packet
+from fwcompiler.proof.leaving import HOOK, explain_leaving, leaving
 from fwcompiler.proof.meaning import explain
+from fwcompiler.proof.prove import prove
+from fwcompiler.proof.sending import Sending, compare_sending
+from fwcompiler.proof.trace import trace
 from fwcompiler.registry import load
 from fwcompiler.ruleset import Ruleset
 
@@ -65,6 +73,50 @@ def test_compiled_rules_mean_the_policy(document: dict[str, Any], data: st.DataO
 
     for packet in data.draw(st.lists(packets(policy), min_size=5, max_size=15)):
         assert verdict(ruleset, packet) == explain(policy, packet).verdict, packet
+
+
+@DEAR_LAW
+@given(documents(), st.data())
+def test_compiled_rules_mean_egress(document: dict[str, Any], data: st.DataObject) -> None:
+    """Whatever the host sends: the neutral ruleset does what the meaning says, and so says the proof about all packets."""
+    policy = resolved(document)
+    ruleset = lower(policy)
+
+    assert prove(leaving(policy), ruleset, HOOK) == ()
+    for packet in data.draw(st.lists(sent(policy), min_size=5, max_size=15)):
+        assert trace(ruleset, packet, HOOK).verdict == explain_leaving(policy, packet).verdict, packet
+
+
+@DEAR_LAW
+@given(documents(), documents(), st.data())
+def test_comparison_tells_what_may_be_sent(one: dict[str, Any], other: dict[str, Any], data: st.DataObject) -> None:
+    """A new connection of the host's is among what it may send now exactly where the second ruleset lets it out and the first does not."""
+    policy, second = resolved(one), resolved(other)
+    a, b = lower(policy), lower(second)
+    change, back = compare_sending(a, b), compare_sending(b, a)
+
+    assert (change.gained, change.lost) == (back.lost, back.gained)
+    named = {p for each in (policy, second) for p in own_ports(each)}
+    for packet in data.draw(st.lists(sent(data.draw(st.sampled_from((policy, second)))), min_size=5, max_size=10)):
+        plain = replace(packet, source_port=39999)
+        loopback = covers((LOOPBACK[packet.version],), packet.destination or 0)
+        if packet.state != "new" or packet.interface == "lo" or packet.protocol not in (6, 17) or 39999 in named or loopback:
+            continue
+        was, now = (trace(each, plain, HOOK).verdict == "accept" for each in (a, b))
+        assert among(change.gained, plain) == (now and not was), plain
+        assert among(change.lost, plain) == (was and not now), plain
+
+
+def among(parts: Sequence[Sending], packet: Packet) -> bool:
+    """Whether a packet from a port that nothing names is among what is said to be gained or lost."""
+    assert packet.destination is not None
+    name = {6: "tcp", 17: "udp"}[packet.protocol]
+    for part in parts:
+        low, _, high = part.to.partition("/")[2].partition("-")
+        there = part.to.startswith(f"{name}/") and not part.from_port and int(low) <= packet.port <= int(high or low)
+        if there and (packet.version, packet.destination) in part.addresses:
+            return True
+    return False
 
 
 @DEAR_LAW
