@@ -14,10 +14,10 @@ from fwcompiler.kernel import second_reading as kernel_reading
 from fwcompiler.members import Journal, group_of
 from fwcompiler.membership import member_json, member_lines
 from fwcompiler.neighbours import ON_THE_WAY, notes, read_host
-from fwcompiler.pipeline import Host, applied, edited, is_loaded, observe, remembered
+from fwcompiler.pipeline import Host, applied, edited, is_loaded, observe, remembered, sampled
 from fwcompiler.plan import make_plan
 from fwcompiler.registry import installed, load
-from fwcompiler.report import counters_json
+from fwcompiler.report import counters_json, sampled_text
 from fwcompiler.ruleset import InRanges, Interface, Ruleset
 from fwcompiler.tables import table_text
 from fwcompiler.trial import interruption, left
@@ -50,7 +50,7 @@ def read_status(host: Host) -> StatusShape:
         "trial": _trial(host),
         "counters": counters_json(backend.counters(listing)),
         "members": _members(host, live),
-        "notes": [*_interrupted(host, live), *_routing(host, live), *notes(host, live), *_elsewhere(host)],
+        "notes": [*_interrupted(host, live), *_routing(host, live), *notes(host, live), *_elsewhere(host), *_sampled(host, live)],
         "second_reading": _second_reading(host, listing),
     }
 
@@ -94,6 +94,10 @@ def _second_reading(host: Host, listing: Sequence[str]) -> str | None:
         if ours == before:
             return f"differs: {difference}"
     return "not possible: the rules change while they are read"
+
+
+def _sampled(host: Host, live: Ruleset) -> tuple[str, ...]:
+    return () if host.full else sampled_text(sampled(live))
 
 
 def _routing(host: Host, live: Ruleset) -> Iterator[str]:

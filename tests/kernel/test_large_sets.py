@@ -109,3 +109,10 @@ def test_numbers_of_entries(netns: str, version: int) -> None:
             assert nftset.holds_as_many(f"s{n}", version, content)
             assert ipset.holds_as_many(f"s{n}", version, content)
             assert not ipset.holds_as_many(f"s{n}", version, FIVE)
+
+
+def test_status_says_what_was_sampled(host: Host) -> None:
+    """`status` names a set that it did not read whole, as `diff` and `verify` do; with --full it did."""
+    sampled = [note for note in host.fwc("status", "--json").json["notes"] if "sampled" in note]
+    assert sampled == ["sets too big to read were sampled, --full reads them: carriers.v4"]
+    assert not [note for note in host.fwc("status", "--json", "--full").json["notes"] if "sampled" in note]
