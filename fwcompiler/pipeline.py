@@ -156,11 +156,16 @@ def render(compiled: Compiled, backend: Backend) -> Rendered:
     return backend.render(compiled.ruleset)
 
 
-def normal_form(compiled: Compiled, backend: Backend, *, proof: bool = True, fill: bool = True) -> NormalForm:
+def normal_form(
+    compiled: Compiled, backend: Backend, *, proof: bool = True, fill: bool = True, known: Mapping[str, Ranges] | None = None
+) -> NormalForm:
     """Load the ruleset into a scratch namespace and list it there: the kernel accepts it, and says what it made of it.
 
     What it made of it is proven to mean what the policy says, for all packets. Without `fill` large sets stay empty there, for who is
     going to fill those of the host: the kernel takes such a filling whole or not at all, and its rules are the same.
+
+    With ``known`` the sets are read there as `observe` reads a host's, and that is what is proven. Without, they count as filled with
+    what was sent.
 
     Raises:
         PolicyRejected: the backend cannot express something.
@@ -172,7 +177,8 @@ def normal_form(compiled: Compiled, backend: Backend, *, proof: bool = True, fil
     runner.require(backend.programs)
     with netns.scratch() as scratch, scratch.entered():
         listing = runner.try_out(backend.load(compiled.ruleset), backend.listing(), fill=fill)
-    listed = with_contents(backend.parse(listing), compiled.ruleset)
+        listed = backend.parse(listing)
+        listed = with_contents(listed, compiled.ruleset) if known is None else _filled(backend, listed, known)
     wrong = disproof(compiled, listed) if proof else ()
     if wrong:
         raise HostRefused(
@@ -230,8 +236,12 @@ def observe(host: Host, known: Mapping[str, Ranges] | None = None) -> Ruleset:
         known = remembered(host)
     big = any(len(ranges) > kernel.READ_WHOLE for ranges in known.values())
     with host.namespace.entered():
-        listed = backend.parse(runner.outputs(backend.listing(big=big)))
-        return replace(listed, sets=tuple(kernel.fill_in(backend.set_kind, s, known) for s in listed.sets))
+        return _filled(backend, backend.parse(runner.outputs(backend.listing(big=big))), known)
+
+
+def _filled(backend: Backend, listed: Ruleset, known: Mapping[str, Ranges]) -> Ruleset:
+    """A listing with the contents of its sets, read from the kernel that we are with."""
+    return replace(listed, sets=tuple(kernel.fill_in(backend.set_kind, s, known) for s in listed.sets))
 
 
 def sampled(live: Ruleset) -> tuple[str, ...]:

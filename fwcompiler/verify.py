@@ -79,8 +79,12 @@ def _strange(live: Ruleset, wanted: Ruleset) -> list[str]:
     return [*(f"fwc never makes this: {what}" for what in live.others if not what.startswith(AHEAD)), *elsewhere]
 
 
-def verify_backends(compiled: Compiled) -> Verified:
-    """Prove what every usable backend loads equal to the policy, and to one another."""
+def verify_backends(compiled: Compiled, *, full: bool = False) -> Verified:
+    """Prove what every usable backend loads equal to the policy, and to one another; with the contents that kernels then hold.
+
+    ``full``: large sets are read whole, too.
+    """
+    known = {} if full else {s.name: s.ranges for s in compiled.ruleset.sets}
     loaded: list[tuple[Backend, Ruleset]] = []
     problems: list[str] = []
     for name in installed():
@@ -89,12 +93,13 @@ def verify_backends(compiled: Compiled) -> Verified:
             problems.append(f"{name}: its programs are not installed")
             continue
         try:
-            loaded.append((backend, normal_form(compiled, backend).ruleset))
+            loaded.append((backend, normal_form(compiled, backend, known=known).ruleset))
         except HostRefused as refused:
             problems.append(f"{name}: {refused.message}")
     for (first, one), (second, other) in pairwise(loaded):
         problems += [f"{first.name} and {second.name} differ: {text}" for text in _differences(one, other)]
-    return Verified(tuple(b.name for b, _ in loaded), tuple(problems))
+    by_samples = dict.fromkeys(name for _, ruleset in loaded for name in sampled(ruleset)) if not full else ()
+    return Verified(tuple(b.name for b, _ in loaded), tuple(problems), sampled=tuple(by_samples))
 
 
 def _differences(first: Ruleset, second: Ruleset) -> list[str]:

@@ -111,7 +111,7 @@ def verify(context: typer.Context, policy: PolicyFile, full: Full = False) -> in
     options: Options = context.obj
     compiled = compiled_policy(policy, options)
     if options.backend == "all":
-        verified = verify_backends(compiled)
+        verified = verify_backends(compiled, full=full)
     else:
         with chosen_host(options, full=full) as host:
             verified = verify_live(compiled, host)
