@@ -23,13 +23,15 @@ class Command:
     """One program to run.
 
     `missing_ok`: a failure that only says "there is nothing" is an empty answer. `otherwise`: run that when this
-    fails. `origins`: by line of `stdin`, the policy line that a refusal of it points to.
+    fails. `may_fail`: whatever goes wrong, also that there is no such program, is an empty answer. `origins`: by line of `stdin`,
+    the policy line that a refusal of it points to.
     """
 
     argv: tuple[str, ...]
     stdin: str = ""
     missing_ok: bool = False
     otherwise: Command | None = None
+    may_fail: bool = False
     origins: Mapping[int, Position] = field(default_factory=dict, compare=False, hash=False)
 
 

@@ -63,10 +63,16 @@ def install(root: Path, state: Path) -> tuple[Path, ...]:
     """Write the unit and enable it; returns what was written.
 
     Raises:
-        HostRefused: it cannot be written, or systemd does not read it.
+        HostRefused: it cannot be written, there is no systemd, or it does not read it.
     """
     unit, link = _places(root)
-    text = unit_text((program(), "--state-dir", str(state), "restore"), state)
+    argv = (program(), "--state-dir", str(state), "restore")
+    if root == Path("/") and runner.find("systemctl") is None:
+        raise HostRefused(
+            "systemd is not installed here: nothing would run the unit; nothing was written",
+            hint=f"let what starts this host run `{' '.join(argv)}` before the network comes up",
+        )
+    text = unit_text(argv, state)
     try:
         link.parent.mkdir(parents=True, exist_ok=True)
         fresh = unit.with_suffix(".new")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal, cast
 
+from fwcompiler.diagnostics import HostRefused
 from fwcompiler.records import Generation
 from fwcompiler.state import StateDir
 
@@ -17,7 +19,18 @@ State = Literal["in force", "on trial", "confirmed", "rolled back", "damaged"]
 
 
 def history_json(state: StateDir) -> HistoryShape:
-    """The shape of `history --json`, the newest first."""
+    """The shape of `history --json`, the newest first.
+
+    Raises:
+        HostRefused: this user may not read the state directory.
+    """
+    folder = state.path / "generations"
+    try:
+        os.listdir(folder)  # noqa: PTH208
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise HostRefused(f"cannot read {folder}: {error.strerror}", hint="run as root") from error
     return {"generations": [_entry(state, number) for number in reversed(state.numbers())]}
 
 

@@ -22,10 +22,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from fwcompiler.addresses import AddressError, parse_address
 from fwcompiler.diagnostics import HostRefused
+from fwcompiler.durable import made, parsed
 from fwcompiler.ruleset import AddressSet, Ruleset
 
 NAME = "members.log"
@@ -36,6 +37,7 @@ REWRITE = 2 << 20
 _TAIL = 1 << 16
 
 Kind = Literal["allow", "revoke", "done", "refused", "expire"]
+KINDS = get_args(Kind)
 Key = tuple[str, int, int]
 """Group, address family, address."""
 
@@ -281,8 +283,9 @@ def _events(data: bytes) -> Iterator[Event]:
     """The events of a journal; lines that are none are passed over, as a crash may leave one."""
     for line in data.splitlines():
         try:
-            event = Event(**json.loads(line))
+            event = made(Event, parsed(line))
             _ = event.key
-        except (ValueError, TypeError, AddressError):
+        except (ValueError, AddressError):
             continue
-        yield event
+        if event.do in KINDS:
+            yield event

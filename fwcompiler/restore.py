@@ -156,7 +156,10 @@ def _minimal(state: StateDir, namespace: netns.Namespace, problems: Sequence[str
             f"{'; '.join(said)}; ONLY THE MINIMAL RULES ARE IN FORCE ({name}): loopback, established, ICMP, ssh from {words}",
             hint="`fwc apply` the policy; until then no call gets through",
         )
-    raise HostRefused(f"{'; '.join(said)}; NOTHING COULD BE LOADED: THIS HOST IS OPEN", hint="install nftables, and `fwc apply` the policy")
+    raise HostRefused(
+        f"{'; '.join(said)}; NOTHING COULD BE LOADED: UNLESS RULES ARE IN FORCE FROM BEFORE, THIS HOST IS OPEN",
+        hint="as root, with nftables installed, `fwc apply` the policy",
+    )
 
 
 def _backends(state: StateDir) -> Iterator[str]:

@@ -24,7 +24,7 @@ from typing import Any
 from fwcompiler.addresses import Ranges
 from fwcompiler.contents import packed, unpacked
 from fwcompiler.diagnostics import HostRefused
-from fwcompiler.durable import checksum, sync, write
+from fwcompiler.durable import checksum, made, read, read_texts, sync, write
 from fwcompiler.kernel import session
 from fwcompiler.records import Found, Generation, Note, Record, Trial
 
@@ -132,10 +132,9 @@ class StateDir:
         Raises:
             OSError, ValueError: it is not there, or cannot be read.
         """
-        data = json.loads((self._generations / str(number) / "meta.json").read_text(encoding="utf-8"))
         try:
-            return Generation(**data)
-        except TypeError as error:
+            return made(Generation, read(self._generations / str(number) / "meta.json"))
+        except ValueError as error:
             raise ValueError(f"generation {number} is not readable: {error}") from error
 
     def numbers(self) -> list[int]:
@@ -147,19 +146,25 @@ class StateDir:
 
     def listing(self, number: int | str) -> tuple[str, ...]:
         """What a scratch kernel listed for a generation, for the backend to parse."""
-        return tuple(json.loads((self._generations / str(number) / "listing.json").read_text(encoding="utf-8")))
+        return read_texts(self._generations / str(number) / "listing.json")
 
     def contents(self, number: int | str) -> dict[str, Ranges]:
         """Contents of a generation's static sets."""
-        data = json.loads((self._generations / str(number) / "sets.json").read_text(encoding="utf-8"))
+        data = read(self._generations / str(number) / "sets.json")
         try:
             return {name: unpacked(written) for name, written in data.items()}
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"the sets of generation {number} are not readable: {error}") from error
 
     def list_sizes(self, number: int) -> dict[str, int]:
-        """How many addresses each list file had in a generation."""
-        sizes: dict[str, int] = json.loads((self._generations / str(number) / "lists.json").read_text(encoding="utf-8"))
+        """How many addresses each list file had in a generation.
+
+        Raises:
+            OSError, ValueError: that cannot be read.
+        """
+        sizes = read(self._generations / str(number) / "lists.json")
+        if not isinstance(sizes, dict) or not all(isinstance(size, int) for size in sizes.values()):
+            raise ValueError(f"the lists of generation {number} are not readable")
         return sizes
 
     def prepare(self, record: Record) -> Path:
@@ -266,8 +271,7 @@ class StateDir:
         return generation
 
     def _number(self, pending: Path) -> Generation:
-        data = json.loads((pending / "meta.json").read_text(encoding="utf-8"))
-        generation = Generation(**data)
+        generation = made(Generation, read(pending / "meta.json"))
         folder = self._generations / str(generation.number)
         pending.rename(folder)
         sync(self._generations)
@@ -331,7 +335,7 @@ class StateDir:
     def changes(self, number: int) -> tuple[str, ...]:
         """What a generation changed, in the operator's words."""
         try:
-            return tuple(json.loads((self._generations / str(number) / "changes.json").read_text(encoding="utf-8")))
+            return read_texts(self._generations / str(number) / "changes.json")
         except (OSError, ValueError):
             return ()
 
@@ -341,7 +345,7 @@ class StateDir:
         Raises:
             OSError, ValueError: that is not recorded, or cannot be read.
         """
-        found = json.loads((self._generations / str(number) / "ssh.json").read_text(encoding="utf-8"))
+        found = read(self._generations / str(number) / "ssh.json")
         if not isinstance(found, dict) or not found:
             raise ValueError(f"generation {number} does not say who may log in")
         return found
@@ -356,16 +360,16 @@ class StateDir:
         self.generation(number)
         if not (folder / "sums.json").exists():
             return  # written before there were checksums
-        sums = json.loads((folder / "sums.json").read_text(encoding="utf-8"))
+        sums = read(folder / "sums.json")
         for name in _SUMMED:
-            if checksum(folder / name) != sums[name]:
+            if not isinstance(sums, dict) or checksum(folder / name) != sums.get(name):
                 raise ValueError(f"its {name} is damaged")
 
     def trial(self) -> Trial | None:
         """The pending trial, or None; one that was confirmed is over, whether or not its file is gone."""
         try:
-            trial = Trial(**json.loads((self.path / "trial.json").read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+            trial = made(Trial, read(self.path / "trial.json"))
+        except (OSError, ValueError):
             return None
         return None if trial.number == self._confirmed_number() else trial
 
@@ -376,7 +380,7 @@ class StateDir:
             OSError, ValueError: it cannot be read.
         """
         try:
-            data = json.loads((self.path / "before.json").read_text(encoding="utf-8"))
+            data = read(self.path / "before.json")
             return tuple(
                 Found(
                     each["backend"],

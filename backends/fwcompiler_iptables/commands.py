@@ -60,7 +60,7 @@ class Iptables:
         """
         saves = (Command((self._program(version, "save"), "-c")) for version in VERSIONS)
         families = ("ip", "ip6") if self.variant == "nft" else ()
-        natives = (Command(("nft", "-j", "-t", "list", "ruleset", family), otherwise=Command(("true",))) for family in families)
+        natives = (Command(("nft", "-j", "-t", "list", "ruleset", family), may_fail=True) for family in families)
         return (*saves, Command(("ipset", "list", "-t"), missing_ok=True), *natives)
 
     def parse(self, outputs: Sequence[str]) -> Ruleset:

@@ -70,6 +70,8 @@ def run(command: Command) -> str:
     if program is None:
         if command.otherwise is not None:
             return run(command.otherwise)
+        if command.may_fail:
+            return ""
         require(command.argv[:1])
     result = subprocess.run(
         [program or "", *command.argv[1:]],
@@ -84,7 +86,7 @@ def run(command: Command) -> str:
         return result.stdout
     if command.otherwise is not None:
         return run(command.otherwise)
-    if command.missing_ok and _NOTHING.search(result.stderr):
+    if command.may_fail or (command.missing_ok and _NOTHING.search(result.stderr)):
         return ""
     raise _refusal(command, result.stderr)
 

@@ -117,6 +117,15 @@ def test_nothing_is_in_sync_for_a_user(user_host: Host, backend: str) -> None:
     assert user_host.ours() == before
 
 
+def test_history_for_a_user(user_host: Host) -> None:
+    """A user who may not read the state is told so, and not that nothing was applied."""
+    user_host.apply()
+
+    ran = as_user(user_host, "history")
+
+    assert (ran.code, "Permission denied" in ran.err, ran.out) == (4, True, "")
+
+
 def test_user_cannot_apply_with_a_state_of_his_own(user_host: Host) -> None:
     """A state directory that the user may write to does not make the kernel listen to him."""
     mine = user_host.folder / "mine"

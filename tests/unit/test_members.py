@@ -131,7 +131,7 @@ def test_trimmed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(members, "REWRITE", 10_000)
     monkeypatch.setattr(members, "KEEP", 20)
     journal = Journal(tmp_path)
-    journal.add(event("allow", START, TWO, 1e12), event("done", START, TWO))
+    journal.add(event("allow", START, TWO, 4e9), event("done", START, TWO))
     for n in range(200):
         journal.add(event("allow", START + n), event("done", START + n), sync=False)
     journal.add(event("revoke", START + 300))
