@@ -189,12 +189,16 @@ def normal_form(
 
 
 def disproof(compiled: Compiled, ruleset: Ruleset) -> tuple[CounterExample, ...]:
-    """Packets that a ruleset treats otherwise than the policy's meaning says; none: proven equal for all packets."""
+    """Packets that a ruleset treats otherwise than the policy's meaning says; none: proven equal for all packets.
+
+    Packets for other hosts have to pass untouched, but at an edge, where the policy says what becomes of them.
+    """
+    from fwcompiler.proof.bystanders import touched
     from fwcompiler.proof.describe import counter_examples
     from fwcompiler.proof.leaving import HOOK, leaving
     from fwcompiler.proof.prove import prove
 
-    found = _arriving(compiled, ruleset)
+    found = (*_arriving(compiled, ruleset), *(touched(ruleset) if compiled.resolved.edge is None else ()))
     if compiled.resolved.egress is None and not any(c.hook and c.hook.name == HOOK for c in ruleset.chains):
         return found
     differences = prove(leaving(compiled.resolved), ruleset, HOOK)

@@ -103,7 +103,7 @@ def counter_examples(
             explained, decided = _explained(policy, packet, given), trace(ruleset, packet, HOOK if leaving else "input", given)
             at = f" ({explained.at})" if explained.at else ""
             says = f"{wanted}: {explained.reason}{at}" if explained.verdict == wanted else wanted
-            yield CounterExample(box_text(space, box, names, leaving=leaving), packet, says, _kernel(found, decided), given)
+            yield CounterExample(box_text(space, box, names, leaving=leaving), packet, says, kernel_does(found, decided), given)
 
 
 def assumed(space: Space, box: Box) -> dict[str, bool]:
@@ -127,7 +127,8 @@ def _explained(policy: Resolved, packet: Packet, given: Mapping[str, bool]) -> E
     return explain(replace(policy, groups=groups), packet, limits | over)
 
 
-def _kernel(verdict: str, decided: Decision) -> str:
+def kernel_does(verdict: str, decided: Decision) -> str:
+    """`drops them in chain early: source in block.v4: drop (block)`."""
     where = "" if decided.chain or verdict != "accept" else ": they meet no rule of ours"
     if decided.chain and decided.verdict == verdict:
         where = f" in chain {decided.chain}: {rule_text(decided.rule)}" if decided.rule else f" at the end of chain {decided.chain}"
