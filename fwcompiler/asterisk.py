@@ -7,7 +7,10 @@ because the rest can still be compared. Pure but for the reader it is given.
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from glob import glob, has_magic
@@ -34,7 +37,7 @@ class Reader(Protocol):
     """Where files come from."""
 
     def match(self, pattern: str) -> Sequence[str]:
-        """Paths of the files that a path or a shell pattern means, sorted."""
+        """Paths of the files that a path or a shell pattern means, sorted; also of those that may be there and cannot be seen."""
 
     def text(self, path: str) -> str | None:
         """Text of a file; None where it cannot be read."""
@@ -44,17 +47,45 @@ class Disk:
     """Files as they are."""
 
     def match(self, pattern: str) -> Sequence[str]:
-        """Paths of regular files."""
-        found = sorted(glob(pattern)) if has_magic(pattern) else [pattern]  # noqa: PTH207 - patterns may be absolute
-        return [path for path in found if Path(path).is_file()]
+        """Paths of regular files; a pattern itself where its folder cannot be listed."""
+        if not has_magic(pattern):
+            return [pattern] if _may_be_file(pattern) else []
+        found = [path for path in sorted(glob(pattern)) if _may_be_file(path)]  # noqa: PTH207 - patterns may be absolute
+        return found or ([pattern] if _is_hidden(pattern) else [])
 
     def text(self, path: str) -> str | None:
-        """Text of a file, bytes that are no UTF-8 replaced."""
+        """Text of a regular file, bytes that are no UTF-8 replaced. Nobody waits for what a pipe may say."""
         try:
+            if not stat.S_ISREG(Path(path).stat().st_mode):
+                return None
             with Path(path).open("rb") as stream:
                 return stream.read(MAX_BYTES).decode("utf-8-sig", errors="replace")
-        except OSError:
+        except (OSError, ValueError):  # ValueError: a NUL byte in the path
             return None
+
+
+def _may_be_file(path: str) -> bool:
+    """True for a regular file, and where this user may not see what there is."""
+    try:
+        return stat.S_ISREG(Path(path).stat().st_mode)
+    except OSError as error:
+        return error.errno == errno.EACCES
+    except ValueError:
+        return False
+
+
+def _is_hidden(pattern: str) -> bool:
+    """True where the folder that a pattern looks into is there and this user may not list it."""
+    folder = Path(pattern).parent
+    while has_magic(str(folder)):
+        folder = folder.parent
+    try:
+        os.scandir(folder).close()
+    except OSError as error:
+        return error.errno == errno.EACCES
+    except ValueError:
+        return False
+    return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,24 +236,28 @@ class _Parser:
         name = _unquoted(rest[0].strip()) if rest else ""
         match word.lower():
             case "include" | "tryinclude" if name:
-                self._include(name, level, optional=word.lower() == "tryinclude")
+                self._include(name, at, level, optional=word.lower() == "tryinclude")
             case "exec":
                 self._note(at.file, at.line, f"`#exec {name}` is not run: what it would add is not looked at")
             case _:
                 self._note(at.file, at.line, f"`#{word}` is nothing that Asterisk knows" if name else f"`#{word}` names no file")
 
-    def _include(self, name: str, level: int, *, optional: bool) -> None:
+    def _include(self, name: str, at: Position, level: int, *, optional: bool) -> None:
         if level >= MAX_INCLUDES:
             raise _Refused(f"includes go deeper than {MAX_INCLUDES} levels")
         if self._files > MAX_FILES:
             raise _Refused(f"more than {MAX_FILES} files are included")
         pattern = name if name.startswith("/") else f"{self._folder}/{name}"
-        texts = [(path, text) for path in self._reader.match(pattern) if (text := self._reader.text(path)) is not None]
-        if not texts and not optional:
+        paths = self._reader.match(pattern)
+        if not paths and not optional:
             raise _Refused(f"`#include {name}`: there is no such file")
-        self._files += len(texts)
-        for path, text in texts:
-            self.file(path, text, level + 1)
+        self._files += len(paths)
+        for path in paths:
+            text = self._reader.text(path)
+            if text is None:
+                self._note(at.file, at.line, f"{path} is included and cannot be read here: what it adds is not looked at")
+            else:
+                self.file(path, text, level + 1)
 
     def _setting(self, line: str, at: Position, current: Section | None) -> None:
         if current is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 TLS_SERVICES = ("https", "wss")
+_RIGHTS = "this needs root, or the group asterisk"
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,14 +142,19 @@ class _Gatherer:
                 raise UsageError(f"there is no folder `{folder}`", hint="--asterisk-dir names the folder of rtp.conf and its likes")
             self.left_out.append(f"agreement with Asterisk: there is no folder {folder} (--asterisk-dir names another)")
             return folder, {}
+        if not os.access(folder, os.R_OK | os.X_OK):
+            self.left_out.append(f"agreement with Asterisk: {folder} cannot be looked into ({_RIGHTS})")
+            return folder, {}
         found: dict[str, Configuration] = {}
         for name in ASTERISK_FILES:
             path = f"{folder.rstrip('/')}/{name}"
             configuration = read_configuration(path, folder, Disk())
             if configuration is not None:
                 found[name] = configuration
-            elif Path(path).exists():
-                self.left_out.append(f"agreement with Asterisk: {path} cannot be read (this needs root, or the group asterisk)")
+            elif os.path.lexists(path):
+                reason = hostfacts.content(path)
+                why = f": {reason}" if isinstance(reason, str) and "permission" not in reason else f" ({_RIGHTS})"
+                self.left_out.append(f"agreement with Asterisk: {path} cannot be read{why}")
         if not found and not any(folder in line for line in self.left_out):
             self.left_out.append(f"agreement with Asterisk: {folder} holds none of {', '.join(ASTERISK_FILES)}")
         return folder, found

@@ -76,7 +76,7 @@ def _redirect(answer: Answer, service: ResolvedService) -> Iterator[Issue]:
     place = f"tcp/{answer.port} ({answer.where})"
     url, status, target = answer.hops[-1]
     remedy = "redirect everything but /.well-known/acme-challenge/ to https:// (`fwc compile -o` writes the lines for Apache and nginx)"
-    if target and urlsplit(target).scheme == "https" and 300 <= status < 400:
+    if 300 <= status < 400 and _is_https(target):
         return
     if 200 <= status < 300:
         message = f"plain HTTP answers {status} for {url}: passwords of agents and managers pass in the clear"
@@ -86,6 +86,15 @@ def _redirect(answer: Answer, service: ResolvedService) -> Iterator[Issue]:
         yield Issue("redirect", "error", message, service.at, place, remedy)
     else:
         yield Issue("redirect", "warning", f"plain HTTP answers {status} for {url} and does not lead to HTTPS", service.at, place, remedy)
+
+
+def _is_https(target: str) -> bool:
+    """True for `https://` and a host; servers send what is no URL as well."""
+    try:
+        parts = urlsplit(target)
+        return parts.scheme == "https" and bool(parts.hostname)
+    except ValueError:
+        return False
 
 
 def _helper(helper: Helper) -> Iterator[Issue]:

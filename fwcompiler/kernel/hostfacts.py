@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -178,7 +179,11 @@ def _output(ask: Callable[[], str]) -> str:
 def content(path: str) -> bytes | str:
     """What a file holds, or in words why it cannot be read."""
     try:
+        if not stat.S_ISREG(Path(path).stat().st_mode) and not Path(path).is_dir():
+            return "not a regular file"
         with Path(path).open("rb") as stream:
             return stream.read(1 << 20)
     except OSError as error:
         return (error.strerror or "cannot be read").lower()
+    except ValueError:
+        return "no path of a file"

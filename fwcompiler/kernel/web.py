@@ -111,12 +111,22 @@ def http_hops(address: str, port: int, name: str) -> tuple[tuple[tuple[str, int,
         except (OSError, http.client.HTTPException, ValueError) as error:
             return tuple(hops), "" if hops else _words(error)
         hops.append((url, status, target))
-        parts = urlsplit(target)
-        if not 300 <= status < 400 or not target or parts.scheme not in ("", "http") or (parts.port or 80) != port:
+        following = _here(target, port) if 300 <= status < 400 else None
+        if following is None:
             break
-        host = parts.hostname or host
-        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        host, path = following[0] or host, following[1]
     return tuple(hops), ""
+
+
+def _here(target: str, port: int) -> tuple[str, str] | None:
+    """Host and path of a target in plain HTTP on the same port; None where it leads elsewhere, or is no URL."""
+    try:
+        parts = urlsplit(target)
+        if not target or parts.scheme not in ("", "http") or (parts.port or 80) != port:
+            return None
+        return parts.hostname or "", (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    except ValueError:
+        return None
 
 
 def _get(address: str, port: int, host: str, path: str) -> tuple[int, str]:

@@ -204,6 +204,11 @@ def test_without_any_right(host: Host) -> None:
     host.apply(POLICY)
     with dialer(host.netns, host.folder) as made:
         wrong(made)
+        with (made.asterisk / "manager.conf").open("a", encoding="utf-8") as file:
+            file.write("#include closed/*.conf\n#include closed/users.conf\n#include users.conf\n")
+        made.write("users.conf", "[somebody]\nsecret=1234\n")
+        (made.asterisk / "closed").mkdir(mode=0)
+        (made.asterisk / "users.conf").chmod(0)
         inside = ("ip", "netns", "exec", host.netns, *UNPRIVILEGED)
         arguments = ("--asterisk-dir", "asterisk", "--name", NAME, "--ca", "ca.pem", "--state-dir", str(host.state), "--json")
         ran = program("audit", "policy.yaml", *arguments, prefix=inside, cwd=host.folder)
@@ -212,6 +217,23 @@ def test_without_any_right(host: Host) -> None:
     assert {code for code, _ in PLANTED} - {code for code, _ in found(ran)} == {"docker-bypass", "drift", "rules-before", "two-variants"}
     assert ran.json["in_sync"] is None
     assert [line.partition(":")[0] for line in ran.json["left_out"]] == ["other packet filters", "drift"]
+    closed = [f["at"] for f in ran.json["findings"] if "cannot be read here" in f["message"]]
+    assert closed == [f"asterisk/manager.conf:{line}:1" for line in (9, 10, 11)]
+
+
+def test_asterisks_folder_without_any_right(host: Host) -> None:
+    """As it is installed, only Asterisk's own group may look into the folder: that is said once, and the rest is looked at."""
+    host.apply(POLICY)
+    made = host.folder / "asterisk"
+    made.mkdir(mode=0)
+    inside = ("ip", "netns", "exec", host.netns, *UNPRIVILEGED)
+    arguments = ("--asterisk-dir", "asterisk", "--state-dir", str(host.state), "--json")
+    ran = program("audit", "policy.yaml", *arguments, prefix=inside, cwd=host.folder)
+
+    assert (ran.code, ran.err) == (0, "")
+    assert [line for line in ran.json["left_out"] if "Asterisk" in line] == [
+        "agreement with Asterisk: asterisk cannot be looked into (this needs root, or the group asterisk)"
+    ]
 
 
 def test_a_wrong_command_line(host: Host) -> None:
@@ -326,3 +348,14 @@ def test_servers_that_talk_something_else(host: Host) -> None:
     assert "the redirect on tcp/80: what answers does not talk HTTP" in ran.out
     assert all(f"tcp/{port}: error[certificate-none]" in ran.out for port in (443, 8089))
     assert all(c.isprintable() or c == "\n" for c in ran.out)
+
+
+@pytest.mark.parametrize("target", ["http://dialer1.example.net:99999/", "http://[::1", "https:"])
+def test_redirects_that_lead_nowhere(host: Host, target: str) -> None:
+    """What a server sends for a place is no URL: it does not end at HTTPS, and is told as it is."""
+    host.apply(POLICY)
+    with dialer(host.netns, host.folder) as made:
+        made.tcp(80, answer=REDIRECT.replace(f"https://{NAME}/".encode(), target.encode()))
+        ran = audit(host)
+
+    assert f"error[redirect]: plain HTTP leads to {target} and does not end at HTTPS after 1 requests" in ran.out

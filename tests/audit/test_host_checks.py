@@ -172,6 +172,8 @@ def test_a_certificate_in_words() -> None:
         (301, "", "error"),
         (404, "", "warning"),
         (200, "https://dialer1.example.net/", "error"),
+        (301, "https:", "error"),
+        (301, "http://[::1", "error"),
     ],
 )
 def test_the_redirect(tmp_path: Path, status: int, target: str, severity: str | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -120,6 +121,38 @@ def test_includes_are_relative_to_the_folder_and_take_patterns() -> None:
     assert section is not None
     assert str(section.settings[0].at) == "/a/inc1.conf:1:1"
     assert found.notes == []
+
+
+def test_includes_that_this_user_may_not_read() -> None:
+    """What cannot be read is said at the line that includes it; Asterisk, which may read it, is not said to refuse the file."""
+
+    class Closed(Texts):
+        """Files that are there and cannot be read."""
+
+        def match(self, pattern: str) -> Sequence[str]:
+            """Whatever is asked for."""
+            return [pattern]
+
+    found = read_configuration("/a/x.conf", "/a", Closed({"/a/x.conf": "[s]\na=1\n#include secret.conf\nb=2\n"}))
+
+    assert found is not None
+    assert values(found.section("s")) == [("a", "1"), ("b", "2")]
+    assert [(n.at.line, n.refused, "/a/secret.conf" in n.message) for n in found.notes] == [(3, False, True)]
+
+
+def test_paths_that_are_no_files(tmp_path: Path) -> None:
+    """Names too long for a path, folders, pipes, links in a circle and bytes that no path has are no files, and stop nobody."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "circle").symlink_to("circle")
+    os.mkfifo(tmp_path / "pipe")
+    names = ("x" * 6000, "y" * 6000 + "*", "a\0b", "a\0*", "folder", "circle", "pipe", "[[[*")
+    for name in names:
+        (tmp_path / "x.conf").write_text(f"[s]\n#include {name}\na=1\n", encoding="utf-8")
+        found = read_configuration(str(tmp_path / "x.conf"), str(tmp_path), Disk())
+        assert found is not None
+        assert [(n.at.line, n.refused) for n in found.notes] == [(2, True)], name
+        assert values(found.section("s")) == [("a", "1")]
+    assert all(Disk().text(str(tmp_path / name)) is None for name in ("folder", "circle", "pipe", "a\0b"))
 
 
 @pytest.mark.parametrize(
