@@ -25,6 +25,7 @@ from fwcompiler.proof.sending import compare_sending
 from fwcompiler.ruleset import AddressSet, Final, InSet, Rule, Ruleset
 
 if TYPE_CHECKING:
+    from fwcompiler.kernel.session import Connection
     from fwcompiler.pipeline import Host
 
 LONGEST: Mapping[SetKind, int] = {"nft": 365 * 86400, "ipset": 2_147_483}
@@ -87,12 +88,12 @@ def allow(host: Host, group: str, text: str, length: str | None = None, reason: 
     return MemberChange(wish, access, (*notes, *killed, *_ended(access, before, after, host)))
 
 
-def revoke(host: Host, group: str, text: str) -> MemberChange:
-    """Take an address out of a dynamic group.
+def revoke(host: Host, group: str, text: str, mine: Connection | None = None) -> MemberChange:
+    """Take an address out of a dynamic group. `mine`: the SSH connection that must not lose its way back, if there is one.
 
     Raises:
         UsageError: no such group, not a dynamic one, not a single address.
-        HostRefused: it is not in it, the kernel refuses, or the state directory cannot be written.
+        HostRefused: it is not in it, it is where we are logged in from, the kernel refuses, or the state directory cannot be written.
     """
     kind = host.backend.set_kind
     version, address = single_address(text)
@@ -105,12 +106,27 @@ def revoke(host: Host, group: str, text: str) -> MemberChange:
             static = any(s.ranges and s.name == f"{group}.v{version}" for s in before.sets)
             hint = "the policy has it in the group: take it out there and apply" if static else f"`fwc members {group}` lists them"
             raise HostRefused(f"{address_text(version, address)} is not a dynamic member of {group}; nothing was changed", hint=hint)
+        after = before if target is None else _given(before, target, ())
+        access = compare(before, after)
+        _refuse_own(access, mine, (version, address))
         wish = _wish("revoke", group, version, address)
         journal.add(wish)
         _withdraw(kind, target, wish, journal)
-    after = before if target is None else _given(before, target, ())
-    access = compare(before, after)
     return MemberChange(wish, access, (*killed, *_ended(access, before, after, host)))
+
+
+def _refuse_own(access: AccessChange, mine: Connection | None, address: tuple[int, int]) -> None:
+    """Nobody is to take himself out of what he is logged in by."""
+    if mine is None or mine.client_address() != address:
+        return
+    for lost in access.lost:
+        protocol, _, span = lost.to.partition("/")
+        low, _, high = span.partition("-")
+        if protocol == "tcp" and int(low) <= mine.server_port <= int(high or low):
+            raise HostRefused(
+                f"you are logged in from {address_text(*address)}, and could not log in any more; nothing was changed",
+                hint="if that is meant, --allow-lockout overrides; a console should be at hand",
+            )
 
 
 def _killed_apply(host: Host) -> tuple[str, ...]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from ipaddress import IPv6Address, ip_address
 from typing import TYPE_CHECKING
 
 from fwcompiler.addresses import LOOPBACK, Addresses, Ranges, address_text, covers
@@ -106,7 +105,7 @@ def visitors(policy_ports: Ranges, namespace: Namespace, *, ancestors: bool) -> 
     found: dict[tuple[int, int, int], Visitor] = {}
     if mine:
         ports.add(mine.server_port)
-        who = _client(mine.client)
+        who = mine.client_address()
         if who:
             version, address = who
             found[version, address, mine.server_port] = Visitor(
@@ -122,19 +121,6 @@ def visitors(policy_ports: Ranges, namespace: Namespace, *, ancestors: bool) -> 
         guessing = peer.logging_in and (known is None or known.guessing)
         found[key] = Visitor(*key, since, bool(known and known.yours), here, guessing)
     return tuple(found.values())
-
-
-def _client(text: str) -> tuple[int, int] | None:
-    """Family and number of the address in SSH_CONNECTION; an IPv4 address in IPv6's clothes (RFC 4291, 2.5.5.2) is one of IPv4.
-
-    None where it is no address: some servers that are reached through a proxy know none.
-    """
-    try:
-        address = ip_address(text)
-    except ValueError:
-        return None
-    plain = (address.ipv4_mapped if isinstance(address, IPv6Address) else None) or address
-    return plain.version, int(plain)
 
 
 def judge(everybody: Iterable[Visitor], wanted: Ruleset, live: Ruleset, compiled: Compiled | None) -> Verdict:

@@ -13,7 +13,8 @@ from fwcompiler.addresses import address_text
 from fwcompiler.diagnostics import EXIT_OK
 from fwcompiler.durations import duration_text
 from fwcompiler.dynamic import MemberChange, Row, known_group, rows
-from fwcompiler.kernel import netns, runner
+from fwcompiler.kernel import netns as namespaces
+from fwcompiler.kernel import runner, session
 from fwcompiler.members import Event, Journal, group_of, history
 from fwcompiler.proof.access import Access
 
@@ -35,8 +36,9 @@ def run(
     *,
     as_json: bool,
     quiet: bool,
+    lockout: bool = False,
 ) -> int:
-    """`allow` and `revoke`; returns the exit code.
+    """`allow` and `revoke`; returns the exit code. `lockout`: take out also the address that we are logged in from.
 
     Raises:
         Failure: as `dynamic.allow` and `dynamic.revoke`.
@@ -47,7 +49,11 @@ def run(
 
     with target(netns) as namespace:
         host = Host(choose_backend(backend, namespace, state), namespace, state)
-        change = dynamic.allow(host, group, address, length, reason) if command == "allow" else dynamic.revoke(host, group, address)
+        if command == "allow":
+            change = dynamic.allow(host, group, address, length, reason)
+        else:
+            mine = None if lockout else session.ssh_connection(ancestors=netns is None)
+            change = dynamic.revoke(host, group, address, mine)
     if as_json:
         print(json.dumps(change_json(change), indent=2))
     elif not quiet:
@@ -110,7 +116,7 @@ def read_members(host: Host, group: str | None) -> dict[str, list[MemberShape]]:
         HostRefused: the kernel or the record cannot be read.
     """
     runner.require(host.backend.programs)
-    netns.require_host()
+    namespaces.require_host()
     kind = host.backend.set_kind
     with host.namespace.entered():
         live = host.backend.parse(runner.outputs(host.backend.listing(big=True)))

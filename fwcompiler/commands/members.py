@@ -26,17 +26,23 @@ def allow(
 
 
 @app.command()
-def revoke(context: typer.Context, group: GroupName, address: Address) -> int:
+def revoke(
+    context: typer.Context,
+    group: GroupName,
+    address: Address,
+    allow_lockout: Annotated[bool, typer.Option("--allow-lockout", help="Also the address that you are logged in from.")] = False,
+) -> int:
     """Take an address out of a dynamic group, at once."""
-    return _run("revoke", group, address, None, "", context.obj)
+    return _run("revoke", group, address, None, "", context.obj, lockout=allow_lockout)
 
 
-def _run(command: str, group: str, address: str, length: str | None, reason: str, options: Options) -> int:
+def _run(command: str, group: str, address: str, length: str | None, reason: str, options: Options, *, lockout: bool = False) -> int:
     """What `fwc` does without this module where a command line is as expected (`fwcompiler.cli`)."""
     from fwcompiler.membership import run
 
     state = state_dir(options)
-    return run(command, group, address, length, reason, state, options.netns, options.backend, as_json=options.json, quiet=options.quiet)
+    where = (state, options.netns, options.backend)
+    return run(command, group, address, length, reason, *where, as_json=options.json, quiet=options.quiet, lockout=lockout)
 
 
 @app.command()

@@ -26,6 +26,20 @@ class Connection:
     server: str
     server_port: int
 
+    def client_address(self) -> tuple[int, int] | None:
+        """Family and number of the client's address; an IPv4 address in IPv6's clothes (RFC 4291, 2.5.5.2) is one of IPv4.
+
+        None where it is no address: some servers that are reached through a proxy know none.
+        """
+        from ipaddress import IPv6Address, ip_address
+
+        try:
+            address = ip_address(self.client)
+        except ValueError:
+            return None
+        plain = (address.ipv4_mapped if isinstance(address, IPv6Address) else None) or address
+        return plain.version, int(plain)
+
 
 def ssh_connection(*, ancestors: bool = True) -> Connection | None:
     """The SSH connection that this process was started over, or None.

@@ -154,7 +154,7 @@ def test_dynamic_members_count(host: Host, monkeypatch: pytest.MonkeyPatch) -> N
     ran = host.apply(changed)
     assert re.search(r"warning\[lock-out\]: 192.0.2.77 .* may log in only as a member of agents, for (59|60) min more", ran.err), ran.err
 
-    assert host.fwc("revoke", "agents", "192.0.2.77").code == 0
+    assert host.fwc("revoke", "agents", "192.0.2.77", "--allow-lockout").code == 0
     assert "192.0.2.77 would be locked out" in host.apply(POLICY, code=4).err
 
 
@@ -283,3 +283,19 @@ def test_addresses_in_the_clothes_of_others(host: Host, monkeypatch: pytest.Monk
     ran = host.apply(POLICY, code=code)
 
     assert ("192.0.2.77 would be locked out" in ran.err) is (code == 4)
+
+
+def test_revoking_oneself(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever would take himself out of the group that he is logged in by is told so; `--allow-lockout` overrides, others may go."""
+    host.apply(POLICY)
+    for address in ("198.51.100.99", "198.51.100.98"):
+        assert host.fwc("allow", "agents", address).code == 0
+    came_by_ssh(monkeypatch, "198.51.100.99")
+
+    refused = host.fwc("revoke", "agents", "198.51.100.99")
+    still = host.fwc("members", "agents", "--json").json["members"]["agents"]
+    codes = [host.fwc("revoke", "agents", *words).code for words in (["198.51.100.98"], ["198.51.100.99", "--allow-lockout"])]
+
+    assert (refused.code, "you are logged in from 198.51.100.99, and could not log in any more" in refused.err) == (4, True)
+    assert [m["address"] for m in still] == ["198.51.100.98", "198.51.100.99"]
+    assert codes == [0, 0]
