@@ -21,7 +21,7 @@ from fwcompiler.durations import seconds
 from fwcompiler.kernel import netns, runner, session
 from fwcompiler.members import Book, Event, Journal, Key, dynamic_set, group_of, milliseconds_left
 from fwcompiler.proof.access import AccessChange, compare
-from fwcompiler.proof.sending import compare_sending
+from fwcompiler.proof.sending import NO_CHANGE, SendingChange, compare_sending
 from fwcompiler.ruleset import AddressSet, Final, InSet, Rule, Ruleset
 
 if TYPE_CHECKING:
@@ -42,11 +42,15 @@ _HINTS = {
 
 @dataclass(frozen=True, slots=True)
 class MemberChange:
-    """What became of a wish: the event recorded, the access that new connections gained and lost, and what else there is to say."""
+    """What became of a wish: the event recorded, the access that new connections gained and lost, and what else there is to say.
+
+    `sending`: what this host may now send to the address, or not any more.
+    """
 
     event: Event
     access: AccessChange
     notes: tuple[str, ...] = ()
+    sending: SendingChange = NO_CHANGE
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +89,8 @@ def allow(host: Host, group: str, text: str, length: str | None = None, reason: 
     static = any(s.ranges and s.name == f"{group}.v{version}" for s in after.sets)
     notes = (f"the policy has {wish.address} in {group} already: it stays in also when this time is over",) if static else ()
     access = compare(before, after)
-    return MemberChange(wish, access, (*notes, *killed, *_ended(access, before, after, host)))
+    sending = compare_sending(before, after)
+    return MemberChange(wish, access, (*notes, *killed, *_ended(access, sending, before, after, host)), sending)
 
 
 def revoke(host: Host, group: str, text: str, mine: Connection | None = None) -> MemberChange:
@@ -112,7 +117,8 @@ def revoke(host: Host, group: str, text: str, mine: Connection | None = None) ->
         wish = _wish("revoke", group, version, address)
         journal.add(wish)
         _withdraw(kind, target, wish, journal)
-    return MemberChange(wish, access, (*killed, *_ended(access, before, after, host)))
+    sending = compare_sending(before, after)
+    return MemberChange(wish, access, (*killed, *_ended(access, sending, before, after, host)), sending)
 
 
 def _refuse_own(access: AccessChange, mine: Connection | None, address: tuple[int, int]) -> None:
@@ -136,10 +142,10 @@ def _killed_apply(host: Host) -> tuple[str, ...]:
     return ("an apply was killed before its end: `fwc status` tells what is in force, `fwc apply` puts it right",)
 
 
-def _ended(access: AccessChange, before: Ruleset, after: Ruleset, host: Host) -> tuple[str, ...]:
+def _ended(access: AccessChange, sending: SendingChange, before: Ruleset, after: Ruleset, host: Host) -> tuple[str, ...]:
     """End the connections that the address could not open any more, and this host's own to it; what could not be done, in words."""
     failed = [connections.end(access.lost, host.namespace)]
-    if compare_sending(before, after).lost:
+    if sending.lost:
         failed.append(connections.end_sent(before, after, host.namespace))
     return tuple(filter(None, failed))
 

@@ -71,6 +71,11 @@ def change_json(change: MemberChange) -> MemberChangeShape:
         "until": moment(event.until),
         "gained": [_access(a) for a in change.access.gained],
         "lost": [_access(a) for a in change.access.lost],
+        "egress": {
+            "gained": [s.as_json() for s in change.sending.gained],
+            "lost": [s.as_json() for s in change.sending.lost],
+            "dynamic": [],
+        },
         "notes": list(change.notes),
     }
 
@@ -85,6 +90,11 @@ def change_text(change: MemberChange) -> str:
     parts = [
         f"it may {verb} reach {', '.join(_reached(found))}"
         for verb, found in (("now", change.access.gained), ("no longer", change.access.lost))
+        if found
+    ]
+    parts += [
+        f"this host may {verb} reach it: {', '.join(_reached(s.as_access() for s in found if not s.from_port)) or 'from its own ports'}"
+        for verb, found in (("now", change.sending.gained), ("no longer", change.sending.lost))
         if found
     ]
     return "\n".join((f"{head}{': ' if parts else ''}{'; '.join(parts)}", *(f"note: {note}" for note in change.notes)))

@@ -12,15 +12,15 @@ from fwcompiler.backend import Saved
 from fwcompiler.foreign import at_present, together
 from fwcompiler.kernel import everyone, routes
 from fwcompiler.pipeline import Host
-from fwcompiler.proof.arrive import World, arrivals
+from fwcompiler.proof.arrive import ABROAD, World, arrivals, departures
 from fwcompiler.proof.ask import Answer, Candidate, ask
 from fwcompiler.proof.conditions import ordered, outs
 from fwcompiler.proof.describe import box_text, example, rule_text
 from fwcompiler.proof.diagram import StepsExceeded
 from fwcompiler.proof.fields import Packet
 from fwcompiler.proof.host import THROUGH
-from fwcompiler.proof.prove import FAMILIES, differ
-from fwcompiler.proof.space import FIRST_ATOM, SOURCE, Space
+from fwcompiler.proof.prove import FAMILIES, Difference, differ
+from fwcompiler.proof.space import FIRST_ATOM, SOURCE, Condition, Space
 from fwcompiler.registry import load
 from fwcompiler.ruleset import AHEAD, Goto, HookName, Jump, Ruleset
 
@@ -29,8 +29,6 @@ TABLE, PREFIX = "inet fwc", "FWC-"
 
 ON_THE_WAY = "rules of others that meet what hosts behind this edge send, or get at their own addresses"
 """What is not composed with ours. What is sent to the edge itself is, wherever it goes on to."""
-SENT = "rules of others that meet what this host sends"
-"""The same for `egress`; `explain --live` follows single packets through them."""
 SENDING = "egress"
 """Begins the name that rules about what this host sends count under."""
 
@@ -168,8 +166,7 @@ def notes(host: Host, ours: Ruleset) -> Iterator[str]:
         yield from map(str, meddling(whole))
     except StepsExceeded:
         yield "rules of others are loaded, more than can be decided"
-    sending = () if whole.alone_in_sending else (SENT,)
-    yield from (f"not looked at: {what}" for what in (*whole.unread, *sending))
+    yield from (f"not looked at: {what}" for what in whole.unread)
 
 
 @dataclass(frozen=True)
@@ -214,7 +211,8 @@ def _nft_texts(saved: Saved) -> Iterator[tuple[tuple[str, int], tuple[str, str]]
 
 
 def meddling(host: WholeHost) -> tuple[Meddling, ...]:
-    """What everybody else's rules change about packets that are sent to the host; nothing: proven for all usual packets.
+    """What everybody else's rules change about packets that are sent to the host, and about those that it sends where ours restrict
+    them; nothing: proven for all usual packets.
 
     Raises:
         StepsExceeded: the rules are beyond what can be decided.
@@ -224,7 +222,10 @@ def meddling(host: WholeHost) -> tuple[Meddling, ...]:
 
 def _meddling(host: WholeHost) -> Iterator[Meddling]:
     """One for each rule, and end of packets, that makes a difference; new connections before others."""
-    found = sorted((each for version in FAMILIES for each in _boxes(host, version)), key=lambda m: m.packet.state != "new")
+    boxes = [each for version in FAMILIES for each in _boxes(host, version)]
+    if not host.alone_in_sending:
+        boxes += [each for version in FAMILIES for each in _sent(host, version)]
+    found = sorted(boxes, key=lambda m: (m.packet.leaving, m.packet.state != "new"))
     shown: set[tuple[str, int]] = set()
     for each in found:
         if each.packet.state == "new" or (each.by, each.packet.version) not in shown:
@@ -237,17 +238,27 @@ def _boxes(host: WholeHost, version: int) -> Iterator[Meddling]:
     ours, whole = (arrivals(rules, version, host.world, names) for rules in (host.ours, host.rules))
     usual = host.world.usual(version)
     difference = differ(ours, whole, version, within=usual)
-    if difference is None:
-        return
+    yield from _told(host, difference, usual) if difference else ()
+
+
+def _sent(host: WholeHost, version: int) -> Iterator[Meddling]:
+    """The same for packets that the host sends to others."""
+    names = ordered((*outs(host.ours), *outs(host.rules)))
+    ours, whole = (departures(rules, version, names) for rules in (host.ours, host.rules))
+    difference = differ(ours, whole, version, within=ABROAD)
+    yield from _told(host, difference, ABROAD, leaving=True) if difference else ()
+
+
+def _told(host: WholeHost, difference: Difference, usual: Sequence[Condition], *, leaving: bool = False) -> Iterator[Meddling]:
     space = difference.space
     free = dict(map(space.place, usual))
     for box in difference.boxes:
-        shown = replace(box, masks=_shown(space, box.masks, free))
-        packet = example(space, box)
+        masks = {n: m for n, m in box.masks.items() if m != free.get(n)} if leaving else _shown(space, box.masks, free)
+        packet = example(space, box, leaving=leaving)
         by = decider(host, packet, box.verdicts[1])
         certain = not any(number >= FIRST_ATOM for number in box.masks)
         ours_says, host_says = cast("tuple[End, End]", box.verdicts)
-        yield Meddling(box_text(space, shown), packet, ours_says, host_says, by, certain)
+        yield Meddling(box_text(space, replace(box, masks=masks), leaving=leaving), packet, ours_says, host_says, by, certain)
 
 
 def _shown(space: Space, masks: Mapping[int, int], usual: Mapping[int, int]) -> dict[int, int]:

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
         FindingShape,
         MemberAccessShape,
         SendingChangeShape,
-        SendingShape,
         TestShape,
         TestsShape,
         UncertainShape,
@@ -82,17 +81,10 @@ def diff_json(plan: Plan) -> DiffShape:
 def sending_json(change: SendingChange) -> SendingChangeShape:
     """What this host may send, and may not any more."""
     return {
-        "gained": [_sending(each) for each in change.gained],
-        "lost": [_sending(each) for each in change.lost],
+        "gained": [each.as_json() for each in change.gained],
+        "lost": [each.as_json() for each in change.lost],
         "dynamic": [*_dynamic("gained", change.members_gained), *_dynamic("lost", change.members_lost)],
     }
-
-
-def _sending(sending: Sending) -> SendingShape:
-    shape: SendingShape = {"at": sending.as_access().sources(), "to": sending.to, "service": sending.service}
-    if sending.from_port:
-        shape["from_port"] = sending.from_port
-    return shape
 
 
 def _dynamic(change: Literal["gained", "lost"], parts: Iterable[MemberAccess]) -> list[MemberAccessShape]:
@@ -279,7 +271,10 @@ def sending_lines(change: SendingChange, policy: Resolved | None, plus: str, min
         (change.members_gained, more, f"{plus} this host may"),
         (change.members_lost, less, f"{minus} this host may no longer"),
     ):
-        lines += [f"{start} reach dynamic members of {m.group}: {m.service + ' ' if m.service else ''}{m.to}" for m in members]
+        together: dict[tuple[str, str | None], list[str]] = {}
+        for each in members:
+            together.setdefault((each.group, each.service), []).append(each.to)
+        lines += [f"{start} reach dynamic members of {group}: {_with_service(service, to)}" for (group, service), to in together.items()]
     if change.left is not None and change.lost:
         less = [f"{minus} this host may no longer reach anything but", *(f"    {text}" for text in _sent_texts(change.left, policy))]
     if change.opened and change.gained:
@@ -297,8 +292,13 @@ def _sent_texts(parts: Iterable[Sending], policy: Resolved | None) -> Iterator[s
         where = f"{who} ({inside.removesuffix(': ')})" if inside else who
         together.setdefault((where, part.service), []).append(f"{part.to} from port {part.from_port}" if part.from_port else part.to)
     for (where, service), ports in together.items():
-        named = f"{service} " if service and not any(service == each.partition("/")[0] or service == each for each in ports) else ""
-        yield f"{where}: {named}{', '.join(ports)}"
+        yield f"{where}: {_with_service(service, ports)}"
+
+
+def _with_service(service: str | None, ports: Sequence[str]) -> str:
+    """`sip udp/5060`; what is no service's says enough by itself."""
+    named = service and not any(service in (each, each.partition("/")[0]) for each in ports)
+    return f"{service} {', '.join(ports)}" if named else ", ".join(ports)
 
 
 def _host_name(address: str, policy: Resolved | None) -> str:

@@ -284,7 +284,10 @@ class MembersShape(TypedDict):
 
 
 class MemberChangeShape(TypedDict):
-    """`allow --json` and `revoke --json`: what was done, and the access that new connections from the address gain and lose by it."""
+    """`allow --json` and `revoke --json`: what was done, and the access that new connections from the address gain and lose by it.
+
+    `egress`: what this host may now send to the address, or not any more.
+    """
 
     do: str
     group: str
@@ -292,6 +295,7 @@ class MemberChangeShape(TypedDict):
     until: str | None
     gained: list[AccessShape]
     lost: list[AccessShape]
+    egress: SendingChangeShape
     notes: list[str]
 
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 from fwcompiler.backend import Backend
 from fwcompiler.diagnostics import HostRefused
 from fwcompiler.kernel import runner
-from fwcompiler.neighbours import ON_THE_WAY, SENT, Meddling, meddling, read_host
+from fwcompiler.neighbours import ON_THE_WAY, Meddling, meddling, read_host
 from fwcompiler.pipeline import Compiled, Host, disproof, normal_form, observe, sampled
 from fwcompiler.proof.describe import CounterExample, box_text
 from fwcompiler.proof.diagram import StepsExceeded
@@ -60,9 +60,8 @@ def verify_live(compiled: Compiled, host: Host) -> Verified:
     except StepsExceeded:
         problems.append("the rules of others are more than can be decided")
     passing = (ON_THE_WAY,) if compiled.resolved.edge and not whole.alone_on_the_way else ()
-    apart = (*passing, *(() if whole.alone_in_sending else (SENT,)))
-    unread = (*whole.unread, *apart)
-    alone = whole.alone or bool(apart)
+    unread = (*whole.unread, *passing)
+    alone = whole.alone or bool(passing)
     return Verified((host.backend.name,), tuple(problems), disproof(compiled, live), by_samples, tuple(found), unread, alone)
 
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 from fwcompiler.addresses import Addresses
 from fwcompiler.ports import PROTOCOLS, port_text
@@ -28,6 +29,9 @@ from fwcompiler.proof.atoms import cut
 from fwcompiler.proof.memberaccess import MemberAccess, members_apart
 from fwcompiler.proof.program import Point, Program, sets_of
 from fwcompiler.ruleset import Chain, Final, Goto, Hook, InRanges, InSet, Interface, Jump, Match, PortIn, Rule, Ruleset, Side
+
+if TYPE_CHECKING:
+    from fwcompiler.shapes import SendingShape
 
 LABEL = "egress."
 CLOSED = Ruleset((Chain("output", (), Hook("input")),))
@@ -52,6 +56,13 @@ class Sending:
     def as_access(self) -> Access:
         """The same with the roles of the ends exchanged, for whoever describes addresses."""
         return Access(self.addresses, self.to, self.service)
+
+    def as_json(self) -> SendingShape:
+        """The shape in `diff --json` and others."""
+        shape: SendingShape = {"at": self.as_access().sources(), "to": self.to, "service": self.service}
+        if self.from_port:
+            shape["from_port"] = self.from_port
+        return shape
 
 
 @dataclass(frozen=True, slots=True)

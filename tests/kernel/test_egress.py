@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import errno
+import json
 import socket
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from kernelspace import run
 from livehost import PEERS, USABLE, Flow, Host, listed, live_host
 
+from fwcompiler import cli
 from fwcompiler.addresses import address_text
 from fwcompiler.kernel import runner
 from fwcompiler.registry import load
@@ -169,3 +172,33 @@ def test_counted(host: Host) -> None:
 
     assert (counters["egress.sip.accept"][0], counters["egress.reject"][0]) == (1, 1)
     assert counters["sip.accept"][0] > 1
+
+
+OTHERS = """table inet others {
+	chain out {
+		type filter hook output priority 10; policy accept;
+		udp dport 53 drop
+		tcp dport 25 accept
+	}
+}
+"""
+
+
+def test_rules_of_others_are_seen(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
+    """Somebody else's rule that drops what an entry lets out is named by `verify`; one that accepts what is rejected changes nothing."""
+    host.apply(policy("dns: one"))
+    arguments = [str(host.folder / "policy.yaml"), "--backend", host.backend.name, "--state-dir", str(host.folder / "state")]
+    with host.net.host.entered():
+        assert cli.run(["verify", *arguments]) == 0
+        run(("nft", "-f", "-"), OTHERS)
+        capsys.readouterr()
+        found = cli.run(["verify", "--json", *arguments])
+        told = json.loads(capsys.readouterr().out)["foreign"]
+        where = ["--to", "udp/53", "--to-addr", address_text(4, PEERS["one"][4])]
+        assert cli.run(["explain", *arguments, *where, "--live", "--json"]) == 0
+        traced = json.loads(capsys.readouterr().out)
+
+    assert found == 1
+    assert {each["packets"].partition(" at ")[0] for each in told} == {"from this host to udp/53"}
+    assert {each["host"] for each in told} == {"drop"}
+    assert (traced["verdict"], traced["by"], traced["policy"]["verdict"]) == ("drop", "others", "accept")
