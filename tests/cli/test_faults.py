@@ -15,6 +15,8 @@ import pytest
 from cli.harness import BACKENDS, FWC, POLICY, Host, Ran, program, valid, wrapper
 
 from fwcompiler import state as state_module
+from fwcompiler.proof.describe import CounterExample
+from fwcompiler.proof.fields import Packet
 
 OTHER = POLICY.replace("192.0.2.10,", "192.0.2.10, 192.0.2.33,").replace("rtp: {from", "https: {from: anywhere}\n  rtp: {from")
 NOBODY = ("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", "env", "-u", "USER", "-u", "SUDO_USER", "HOME=/tmp")
@@ -316,19 +318,27 @@ if [ $n -ne 2 ]; then exec "$REAL" "$@"; fi
 {action}
 """
 DROP_A_RULE = AT_LIVE_LOAD.format(action="grep -v -e '^add rule inet fwc service.https' -e '^-A FWC-s.https' | \"$REAL\" \"$@\"")
+ADD_A_RULE = AT_LIVE_LOAD.format(
+    action='"$REAL" "$@" && case "$REAL" in */nft) "$REAL" add rule inet fwc service.https ip saddr 6.6.6.6 drop ;; '
+    '*) "${REAL%-restore}" -A FWC-s.https -s 6.6.6.6 -j DROP ;; esac'
+)
 FAIL = AT_LIVE_LOAD.format(action="cat >/dev/null; echo 'Another app is currently holding the xtables lock' >&2; exit 4")
 LOADERS = {"nftables": "nft", "iptables-nft": "iptables-nft-restore", "iptables-legacy": "iptables-legacy-restore"}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("before", [POLICY, ""], ids=["over another policy", "first apply"])
-def test_kernel_that_lists_something_else(host: Host, monkeypatch: pytest.MonkeyPatch, backend: str, before: str) -> None:
+@pytest.mark.parametrize(
+    ("before", "fault"),
+    [(POLICY, DROP_A_RULE), ("", DROP_A_RULE), (POLICY, ADD_A_RULE)],
+    ids=["over another policy", "first apply", "a rule more than was sent"],
+)
+def test_kernel_that_lists_something_else(host: Host, monkeypatch: pytest.MonkeyPatch, backend: str, before: str, fault: str) -> None:
     """Rules that read back differently after the commit are taken back: exit code 5, and the old ones are in force and on record."""
     host.backend = backend
     if before:
         host.apply(before)
     old = host.ours()
-    folder = wrapper(host.folder / "bin", LOADERS[backend], DROP_A_RULE)
+    folder = wrapper(host.folder / "bin", LOADERS[backend], fault)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
 
     ran = host.apply(OTHER, code=5)
@@ -337,6 +347,25 @@ def test_kernel_that_lists_something_else(host: Host, monkeypatch: pytest.Monkey
     assert "the previous ruleset was restored" in ran.err
     assert host.ours() == old
     assert host.in_sync(before or None)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_live_rules_that_are_disproven(host: Host, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    """A packet that fares otherwise under the live rules than the policy says brings the old ones back, and the packet is shown."""
+    host.backend = backend
+    host.apply(POLICY)
+    old = host.ours()
+    example = CounterExample("from 6.6.6.6 to tcp/443", Packet(4, 0x06060606, 6, 443), "accept", "drops them", {})
+    monkeypatch.setattr("fwcompiler.apply.Proven.disproof", lambda _proven, _after: (example,))
+
+    ran = host.apply(OTHER, code=5)
+    monkeypatch.undo()
+
+    assert "the live rules do not mean what the policy says" in ran.err
+    assert "from 6.6.6.6 to tcp/443: the policy says accept; the kernel drops them" in ran.err
+    assert "the previous ruleset was restored" in ran.err
+    assert host.ours() == old
+    assert host.in_sync(POLICY)
 
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])
