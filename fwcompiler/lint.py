@@ -7,36 +7,39 @@ is called covered is covered for every address.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import permutations
 
 from fwcompiler.addresses import Addresses, intersect, range_text
 from fwcompiler.diagnostics import Position, Report
 from fwcompiler.edge import LOCAL_PORTS
 from fwcompiler.lint_egress import lint_egress
-from fwcompiler.resolve import Resolved, ResolvedGroup, ResolvedService
+from fwcompiler.lint_groups import covered_groups, entry_at
+from fwcompiler.resolve import Resolved, ResolvedGroup
+from fwcompiler.source import Document
 
 MAX_NAMED = 3
 
 
-def lint(policy: Resolved, report: Report, where: str) -> None:
-    """Report everything that could be left out or was hardly meant, as warnings at its place; ``where``: the policy file."""
+def lint(policy: Resolved, report: Report, document: Document) -> None:
+    """Report everything that could be left out or was hardly meant, as warnings at its place in ``document``."""
     _unused(policy, report)
     if not policy.services and not policy.trust:
-        report.warn("covered", "the policy names no service: everything but ping will be dropped", Position(where, 1))
+        report.warn("covered", "the policy names no service: everything but ping will be dropped", Position(document.file, 1))
     for group in policy.groups.values():
         _covered_entries(group, report)
     for service in policy.services:
-        _covered_groups(policy, service, report)
+        entries = ("services", service.name, "from")
+        covered_groups(policy, service.groups or (), f"`{service.name}`", report, document, entries)
         if service.early and any(intersect(p.ranges, (LOCAL_PORTS,)) for p in service.ports):
             hint = "answers to the host's own connections arrive on these ports, and are dropped unless the sender is named"
             report.warn("local-ports", f"`{service.name}` lies in the range of ports that the host itself uses", service.at, hint)
         if service.expose and service.groups is None:
             report.warn("exposed", f"`{service.name}` is open to anywhere: {service.expose}", service.at)
-    _trusted_anyway(policy, report)
+    covered_groups(policy, policy.trust, "`trust`", report, document, ("trust",))
+    _trusted_anyway(policy, report, document)
     if policy.egress is not None:
-        lint_egress(policy, policy.egress, report)
+        lint_egress(policy, policy.egress, report, document)
     if policy.block is not None:
-        _block(policy, report)
+        _block(policy, report, document)
 
 
 def _named_by_services(policy: Resolved) -> dict[str, None]:
@@ -65,28 +68,21 @@ def _covered_entries(group: ResolvedGroup, report: Report) -> None:
                 last_low, last_high, last_at = low, high, at
 
 
-def _covered_groups(policy: Resolved, service: ResolvedService, report: Report) -> None:
-    """A group of a service that another one of its groups covers adds nothing, unless it has members at run time."""
-    for inner, outer in permutations(service.groups or (), 2):
-        small, large = policy.groups[inner], policy.groups[outer]
-        if small.dynamic or not small.addresses or small.addresses - large.addresses:
-            continue
-        if small.addresses == large.addresses and inner > outer and not large.dynamic:
-            continue
-        report.warn("covered", f"`{inner}` adds nothing to `{service.name}`: all of it is in `{outer}`", service.at)
-
-
-def _trusted_anyway(policy: Resolved, report: Report) -> None:
+def _trusted_anyway(policy: Resolved, report: Report, document: Document) -> None:
     trusted = policy.addresses(policy.trust)
     for service in policy.services:
         for name in service.groups or ():
             group = policy.groups[name]
             if trusted and group.addresses and not group.dynamic and not group.addresses - trusted:
-                report.warn("covered", f"`{service.name}` names `{name}`, whose every packet `trust` accepts", service.at)
+                at = entry_at(document, ("services", service.name, "from"), name)
+                report.warn("covered", f"`{service.name}` names `{name}`, whose every packet `trust` accepts", at)
 
 
-def _block(policy: Resolved, report: Report) -> None:
+def _block(policy: Resolved, report: Report, document: Document) -> None:
     assert policy.block is not None
+    covered_groups(policy, policy.block.groups, "the block list", report, document, ("block", "from"))
+    if "except" in document.data["block"]:
+        covered_groups(policy, policy.block.excepted, "`except`", report, document, ("block", "except"))
     listed, spared = policy.addresses(policy.block.groups), policy.addresses(policy.block.excepted)
     dynamic = any(policy.groups[name].dynamic for name in policy.block.groups)
     if listed and not listed - spared and not dynamic:

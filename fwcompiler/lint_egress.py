@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import permutations
 
 from fwcompiler.addresses import EVERYONE, NOBODY, Addresses, merged, subtract
-from fwcompiler.diagnostics import Report
+from fwcompiler.diagnostics import Position, Report
 from fwcompiler.egress import Outlet, ResolvedEgress
+from fwcompiler.lint_groups import covered_groups, entry_at
 from fwcompiler.options import NEVER_LIMITED
 from fwcompiler.ports import Ports, overlap
 from fwcompiler.resolve import Resolved, ResolvedService
+from fwcompiler.source import Document, KeyPath
 
 DNS, NTP = Ports("udp", ((53, 53),)), Ports("udp", ((123, 123),))
 CALLED = ("sip", "iax2")
@@ -19,8 +20,9 @@ CONNECTED = ("sip-tcp", "sips")
 MEDIA = "rtp"
 
 
-def lint_egress(policy: Resolved, egress: ResolvedEgress, report: Report) -> None:
+def lint_egress(policy: Resolved, egress: ResolvedEgress, report: Report, document: Document) -> None:
     """Report it, as warnings at the entry or at `egress`."""
+    places = _places(document)
     for port, what, hint in ((DNS, "look up names", "dns: resolvers"), (NTP, "ask for the time", "ntp: anywhere")):
         if not _allowed(policy, egress, port):
             report.warn("egress", f"this host may not {what}: nothing lets {port} out", egress.at, f"- {hint}")
@@ -30,7 +32,7 @@ def lint_egress(policy: Resolved, egress: ResolvedEgress, report: Report) -> Non
             message = "this host may not send the calls' audio before the other side does"
             report.warn("egress", message, egress.at, f"- {MEDIA}: anywhere")
     for outlet in egress.outlets:
-        _covered_groups(policy, outlet, report)
+        _covered_groups(policy, outlet, report, document, places.get(outlet.at, ("egress",)))
     _covered_outlets(policy, egress, report)
 
 
@@ -63,18 +65,25 @@ def _where(policy: Resolved, outlets: list[Outlet]) -> Addresses:
     return total
 
 
-def _covered_groups(policy: Resolved, outlet: Outlet, report: Report) -> None:
+def _places(document: Document) -> dict[Position, KeyPath]:
+    """By the place of an entry: that of what it says of where to."""
+    found: dict[Position, KeyPath] = {}
+    for i, each in enumerate(document.data.get("egress") or ()):
+        for name, form in each.items():
+            path = ("egress", i, name)
+            found[document.locate(path, key=True)] = (*path, "to") if isinstance(form, dict) else path
+    return found
+
+
+def _covered_groups(policy: Resolved, outlet: Outlet, report: Report, document: Document, path: KeyPath) -> None:
     """Groups that add nothing to an entry, because another one of it or `trust` has them, unless they have members at run time."""
     trusted = policy.addresses(policy.trust)
     for name in outlet.groups or ():
         group = policy.groups[name]
         if not group.dynamic and group.addresses and not group.addresses - trusted:
-            report.warn("covered", f"`{outlet.name}` names `{name}`, to whom `trust` lets everything out", outlet.at)
-    for inner, outer in permutations(outlet.groups or (), 2):
-        small, large = policy.groups[inner], policy.groups[outer]
-        same = small.addresses == large.addresses and inner > outer and not large.dynamic
-        if not small.dynamic and small.addresses and not small.addresses - large.addresses and not same:
-            report.warn("covered", f"`{inner}` adds nothing to `{outlet.name}`: all of it is in `{outer}`", outlet.at)
+            at = entry_at(document, path, name)
+            report.warn("covered", f"`{outlet.name}` names `{name}`, to whom `trust` lets everything out", at)
+    covered_groups(policy, outlet.groups or (), f"`{outlet.name}`", report, document, path)
     untracked = any(s.name == MEDIA and s.options.bypass for s in policy.services)
     if outlet.name == MEDIA and untracked and outlet.groups is not None:
         message = "media past connection tracking may be an answer to anybody, and is let out whatever `rtp` says"

@@ -137,7 +137,7 @@ def _compile(path: str, document: Document, policy: Policy, host: str | None, *,
     name = pick_host(policy.hosts, host, os.uname().nodename)
     resolved = resolve(policy, document, report, today=datetime.now(UTC).date(), host=name)
     report.stop_on_error()
-    lint(resolved, report, path)
+    lint(resolved, report, document)
     if tests:
         run_tests(resolved, report)
     report.stop_on_error()

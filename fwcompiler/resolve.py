@@ -303,7 +303,9 @@ class _Stage:
         good: list[str] = []
         for i, name in enumerate(names):
             at = self.document.locate((*path, i))
-            if name in self.names:
+            if name in good:
+                self.report.warn("covered", f"`{name}` is named twice", at, "one of them can go")
+            elif name in self.names:
                 good.append(name)
             elif name == "anywhere":
                 self.report.error("group-unknown", "`anywhere` stands alone: it cannot be one of several groups", at, alone)
@@ -312,7 +314,7 @@ class _Stage:
                     "addresses are listed in a group, and the group is named here" if any(c in name for c in ".:/") else ""
                 )
                 self.report.error("group-unknown", f"there is no group `{name}`", at, hint)
-        return tuple(dict.fromkeys(good))
+        return tuple(good)
 
     def service(self, name: str, entry: ServiceEntry) -> ResolvedService | None:
         """One service, or None where it is closed or broken."""
