@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from fwcompiler.addresses import BITS, Addresses, address_text
+from fwcompiler.addresses import BITS, NOBODY, Addresses, address_text
 from fwcompiler.diagnostics import Finding
 from fwcompiler.plan import Plan
 from fwcompiler.proof.access import LOOPBACK_ADDRESSES, SENDERS, Access
@@ -14,6 +14,7 @@ from fwcompiler.proof.meaning import Explanation
 from fwcompiler.proof.memberaccess import MemberAccess
 from fwcompiler.proof.sending import Sending, SendingChange
 from fwcompiler.resolve import Resolved, ResolvedTest
+from fwcompiler.ruleset import Final, InSet, Ruleset
 
 if TYPE_CHECKING:
     from fwcompiler.shapes import (
@@ -204,15 +205,16 @@ def diff_text(plan: Plan, policy: Resolved | None, *, color: bool, whole: bool =
         lines += _first_lines(plan.edited, whole=whole)
     plus, minus = f"{green}+{off}", f"{red}-{off}"
     access, more, less = plan.access, *sending_lines(plan.sending, policy, plus, minus)
-    for title, sign, may, parts, members, sent in (
-        ("access gained", plus, "may reach", access.gained, plan.members_gained, more),
-        ("access lost", minus, "may no longer reach", access.lost, plan.members_lost, less),
-        ("access perhaps gained", f"{green}?{off}", "may reach", access.perhaps_gained, (), ()),
-        ("access perhaps lost", f"{red}?{off}", "may no longer reach", access.perhaps_lost, (), ()),
+    live = None if plan.of_others else plan.live
+    for title, sign, may, parts, members, sent, known in (
+        ("access gained", plus, "may reach", access.gained, plan.members_gained, more, None),
+        ("access lost", minus, "may no longer reach", access.lost, plan.members_lost, less, live),
+        ("access perhaps gained", f"{green}?{off}", "may reach", access.perhaps_gained, (), (), None),
+        ("access perhaps lost", f"{red}?{off}", "may no longer reach", access.perhaps_lost, (), (), live),
     ):
         if parts or members or sent:
             lines.append(f"{bold}{title}{off}")
-            lines += [f"  {text}" for text in access_lines(parts, policy, sign, may)]
+            lines += [f"  {text}" for text in access_lines(parts, policy, sign, may, known)]
             lines += [f"  {text}" for text in _member_lines(members, policy, sign, may)]
             lines += [f"  {text}" for text in sent]
     if not access and not plan.members_gained and not plan.members_lost and not plan.sending:
@@ -247,15 +249,19 @@ def _cut(line: str) -> str:
     return line if len(line) <= 200 else line[:197] + "..."
 
 
-def access_lines(parts: Iterable[Access], policy: Resolved | None, sign: str, may: str) -> Iterator[str]:
+def access_lines(parts: Iterable[Access], policy: Resolved | None, sign: str, may: str, live: Ruleset | None = None) -> Iterator[str]:
     """`+ carriers may reach sip udp/5060`, one line for all ports that the same sources gain or lose at one service.
 
-    Sources that are part of one group have its name in front: `carriers: + 198.51.100.64/28 may reach sip udp/5060`.
+    Sources that are part of one group have its name in front: `carriers: + 198.51.100.64/28 may reach sip udp/5060`. ``live``: the
+    rules that let them in until now, whose groups have the say about who they are.
     """
+    now, held = _groups(policy), _groups_in(live) if live else {}
+    groups = {**held, **{name: each for name, each in now.items() if name not in held}}
+    whole = {name: each for name, each in groups.items() if each.includes(now.get(name, NOBODY))}
     together: dict[tuple[str, str | None, tuple[str, ...], str], list[str]] = {}
     for part in parts:
-        who = _who(part, policy)
-        inside = "" if who in (policy.groups if policy else ()) else _inside(part, policy)
+        who = _who(part, policy, whole)
+        inside = "" if who in whole else _inside(part, groups)
         together.setdefault((f"{inside}{sign} {who}", part.service, part.depends, part.at), []).append(part.to)
     for (who, service, depends, at), ports in together.items():
         where = f" of {_host_name(at, policy)}" if at else ""
@@ -287,8 +293,9 @@ def _sent_texts(parts: Iterable[Sending], policy: Resolved | None) -> Iterator[s
     together: dict[tuple[str, str | None], list[str]] = {}
     for part in parts:
         access = part.as_access()
-        who = _who(access, policy)
-        inside = "" if who in (policy.groups if policy else ()) else _inside(access, policy)
+        groups = _groups(policy)
+        who = _who(access, policy, groups)
+        inside = "" if who in groups else _inside(access, groups)
         where = f"{who} ({inside.removesuffix(': ')})" if inside else who
         together.setdefault((where, part.service), []).append(f"{part.to} from port {part.from_port}" if part.from_port else part.to)
     for (where, service), ports in together.items():
@@ -310,7 +317,30 @@ def _host_name(address: str, policy: Resolved | None) -> str:
     return address
 
 
-def _who(access: Access, policy: Resolved | None) -> str:
+def _groups(policy: Resolved | None) -> dict[str, Addresses]:
+    """The policy's groups; those that are only blocked come last, because nobody is known by that."""
+    if policy is None:
+        return {}
+    blocked = policy.block.groups if policy.block else ()
+    used = {*policy.named, *policy.trust, *(policy.egress.groups() if policy.egress else ())}
+    names = sorted(policy.groups, key=lambda name: name in blocked and name not in used)
+    return {name: policy.groups[name].addresses for name in names}
+
+
+def _groups_in(live: Ruleset) -> dict[str, Addresses]:
+    """The groups that rules accept, by the names of their sets."""
+    matches = (m for c in live.chains for r in c.rules if r.verdict is Final.ACCEPT for m in r.matches)
+    accepted = {m.set for m in matches if isinstance(m, InSet) and m.side == "source" and not m.negated}
+    found: dict[str, Addresses] = {}
+    for each in live.sets:
+        name, _, family = each.name.rpartition(".v")
+        if each.name in accepted and name and family and not each.dynamic:
+            own = Addresses(each.ranges, ()) if each.version == 4 else Addresses((), each.ranges)
+            found[name] = found.get(name, NOBODY) | own
+    return found
+
+
+def _who(access: Access, policy: Resolved | None, named: Mapping[str, Addresses]) -> str:
     """Groups where the sources are whole groups, `anywhere but …` where they are most addresses, else addresses."""
     if access.is_anywhere:
         return "anywhere"
@@ -324,10 +354,10 @@ def _who(access: Access, policy: Resolved | None) -> str:
             return "anywhere but the block list" if left == _blocked(policy) else f"anywhere but {_few(left)}"
     groups: list[str] = []
     rest = access.addresses
-    for group in policy.groups.values() if policy else ():
-        if group.addresses and access.addresses.includes(group.addresses) and group.addresses & rest:
-            groups.append(group.name)
-            rest = rest - group.addresses
+    for name, own in named.items():
+        if own and access.addresses.includes(own) and own & rest:
+            groups.append(name)
+            rest = rest - own
     return ", ".join([*groups, *([_few(rest)] if rest else [])])
 
 
@@ -348,12 +378,9 @@ def _few(addresses: Addresses) -> str:
     return ", ".join(shown[:MAX_SOURCES]) + more
 
 
-def _inside(access: Access, policy: Resolved | None) -> str:
+def _inside(access: Access, named: Mapping[str, Addresses]) -> str:
     """`carriers: ` where the sources all belong to one group."""
-    for group in policy.groups.values() if policy else ():
-        if group.addresses and group.addresses.includes(access.addresses):
-            return f"{group.name}: "
-    return ""
+    return next((f"{name}: " for name, own in named.items() if own and own.includes(access.addresses)), "")
 
 
 def counters_json(counters: Mapping[str, tuple[int, int]]) -> dict[str, dict[str, CountShape]]:

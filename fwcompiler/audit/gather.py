@@ -262,7 +262,7 @@ class _Gatherer:
         more, less = sending_lines(planned.sending, self._policy, "+", "-")
         access = [
             *access_lines(planned.access.gained, self._policy, "+", "would reach"),
-            *access_lines(planned.access.lost, self._policy, "-", "would no longer reach"),
+            *access_lines(planned.access.lost, self._policy, "-", "would no longer reach", planned.live),
             *more,
             *less,
         ]

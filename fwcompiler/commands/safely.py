@@ -98,7 +98,7 @@ def access_words(planned: Plan, compiled: Compiled | None) -> tuple[str, ...]:
 
     policy = compiled.resolved if compiled else None
     gained = access_lines(planned.access.gained, policy, "+", "may reach")
-    lost = access_lines(planned.access.lost, policy, "-", "may no longer reach")
+    lost = access_lines(planned.access.lost, policy, "-", "may no longer reach", planned.live)
     more, less = sending_lines(planned.sending, policy, "+", "-")
     return (*gained, *more, *lost, *less)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import date
 
 import pytest
@@ -15,7 +16,7 @@ from fwcompiler.proof.access import LOOPBACK_ADDRESSES, Access, AccessChange
 from fwcompiler.proof.meaning import Explanation
 from fwcompiler.report import access_lines, counters_json, diff_json, diff_text, explain_json, finding_json
 from fwcompiler.resolve import Resolved, resolve
-from fwcompiler.ruleset import Chain, Ruleset
+from fwcompiler.ruleset import AddressSet, Chain, Final, InSet, Rule, Ruleset
 from fwcompiler.source import parse_document
 
 CARRIERS = Addresses.of([(0xC6336410, 0xC633641F)], [(0x20010DB8 << 96, (0x20010DB8 << 96) + 7)])
@@ -139,3 +140,42 @@ def test_small_shapes() -> None:
         "other": {"drop": {"packets": 5, "bytes": 6}},
         "sip": {"accept": {"packets": 1, "bytes": 2}, "drop": {"packets": 3, "bytes": 4}},
     }
+
+
+BLOCKED = CARRIERS | ADMINS
+LIVE = Ruleset(
+    (Chain("service.sip", (Rule((InSet("source", "carriers.v4", 4),), Final.ACCEPT, "sip"),)),),
+    (AddressSet("carriers.v4", 4, CARRIERS.v4), AddressSet("block.v4", 4, BLOCKED.v4)),
+)
+PEOPLE = (Chain("service.sip", (Rule((InSet("source", "people.v4", 4),), Final.ACCEPT, "sip"),)),)
+
+
+def lost(addresses: Addresses, live: Ruleset) -> str:
+    """The one line about access lost under a policy that has `bad` before `people`, and no group of carriers."""
+    report = Report()
+    document = parse_document(
+        "p.yaml",
+        "version: 1\n"
+        "groups: {bad: [198.51.100.16/28, 192.0.2.10], people: [192.0.2.0/24]}\n"
+        "block: {from: [bad]}\n"
+        "services: {wss: {from: [people]}}\n",
+        report,
+    )
+    assert document is not None
+    model = validate(document, report)
+    assert model is not None
+    resolved = resolve(model, document, report, today=date(2026, 1, 1))
+    (text,) = access_lines([Access(addresses, "udp/5060", "sip")], resolved, "-", "may no longer reach", live)
+    return text
+
+
+def test_who_loses_access_is_told_as_he_was_known() -> None:
+    """Not by the block list that he is on now, but by the group in force, or by one that a service names; else by the block list."""
+    one = Addresses.of([(0xC6336411, 0xC6336411)])
+    assert lost(one, LIVE) == "carriers: - 198.51.100.17 may no longer reach sip udp/5060"
+    assert lost(CARRIERS.only(4), LIVE) == "- carriers may no longer reach sip udp/5060"
+    assert lost(ADMINS, LIVE) == "people: - 192.0.2.10 may no longer reach sip udp/5060"
+    assert lost(ADMINS, replace(LIVE, sets=(AddressSet("people.v4", 4, ADMINS.v4),), chains=PEOPLE)) == (
+        "people: - 192.0.2.10 may no longer reach sip udp/5060"
+    ), "the name goes on with other addresses"
+    assert lost(one, Ruleset()) == "bad: - 198.51.100.17 may no longer reach sip udp/5060"
