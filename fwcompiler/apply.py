@@ -125,10 +125,13 @@ def _recorded(pending: Path, plan: Plan, host: Host) -> Generation:
 
 
 def _end_connections(plan: Plan, found: Ruleset, host: Host) -> tuple[str, ...]:
-    """Whoever lost access loses his connections; what could not be done, in words."""
+    """Whoever lost access loses his connections, and flows that go elsewhere now begin anew; what could not be done, in words."""
     if not plan.steps:
         return ()
-    failed = [connections.end(connections.lost_access(plan.live, found, plan.access), host.namespace)]
+    failed = [
+        connections.end(connections.lost_access(plan.live, found, plan.access), host.namespace),
+        connections.end_astray(plan.access.gained, host.namespace),
+    ]
     if plan.sending.lost or plan.sending.members_lost:
         failed.append(connections.end_sent(plan.live, found, host.namespace))
     return tuple(filter(None, failed))

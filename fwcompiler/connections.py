@@ -2,7 +2,8 @@
 
 Restricted services and blocks are decided before the established rule, so most of it bites at once by the rules alone. What
 this adds: connections to services that are no longer there, or are public no longer, and a table that tells the truth. What this host
-opened itself goes on as established, whatever `egress` says by now, so there it is all that ends it.
+opened itself goes on as established, whatever `egress` says by now, so there it is all that ends it. And at an edge, flows that are
+older than the rules which hand them on.
 """
 
 from __future__ import annotations
@@ -61,6 +62,24 @@ def end(lost: Iterable[Access], namespace: Namespace) -> str:
             conntrack.delete(cuts)
     except HostRefused as refused:
         return f"the connections of sources that lost access were not ended: {refused.message}"
+    return ""
+
+
+def end_astray(gained: Iterable[Access], namespace: Namespace) -> str:
+    """Delete the entries of flows that an edge hands on from now on; what went wrong, in words, or nothing.
+
+    A translation is chosen with a flow's first packet. One that is older than the rules keeps what it began with, and UDP that
+    never pauses, a carrier's keep-alive for one, would not arrive for ever.
+    """
+    handed_on = [a for a in gained if a.at and ":" not in a.at and a.to.startswith("udp/")]
+    if not handed_on:
+        return ""
+    try:
+        with namespace.entered():
+            own = {4: routes.own_addresses(4)}
+            conntrack.delete([replace(cut, to=own) for cut in _cuts(handed_on)])
+    except HostRefused as refused:
+        return f"flows that are older than the rules were not ended, and go where they went before: {refused.message}"
     return ""
 
 

@@ -189,7 +189,11 @@ def go_back(host: Host, trial: Trial, why: str) -> None:
 
 
 def _end_connections(now: Ruleset, after: Ruleset, host: Host) -> Iterator[str]:
-    failed = [connections.end(connections.lost_access(now, after, compare(now, after)), host.namespace)]
+    change = compare(now, after)
+    failed = [
+        connections.end(connections.lost_access(now, after, change), host.namespace),
+        connections.end_astray(change.gained, host.namespace),
+    ]
     if compare_sending(now, after).lost:
         failed.append(connections.end_sent(now, after, host.namespace))
     yield from filter(None, failed)

@@ -37,11 +37,15 @@ _TOGETHER = 200
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Connections to end: those that `sources` opened to one range of ports of one protocol (by IANA number)."""
+    """Connections to end: those that `sources` opened to one range of ports of one protocol (by IANA number).
+
+    `to`: those only that were opened to these addresses, by family; None: to whatever address.
+    """
 
     protocol: int
     ports: Range
     sources: Addresses
+    to: Mapping[int, Ranges] | None = None
 
 
 _Flow = tuple[int, int, int, bytes]
@@ -107,14 +111,20 @@ def _begun(version: int, data: bytes) -> Begun | None:
 
 
 def _matching(flows: Iterable[_Flow], version: int, cuts: Sequence[Cut]) -> Iterator[bytes]:
-    by_protocol: dict[int, list[tuple[int, int, Ranges]]] = {}
+    by_protocol: dict[int, list[tuple[int, int, Ranges, Ranges | None]]] = {}
     for cut in cuts:
-        by_protocol.setdefault(cut.protocol, []).append((*cut.ports, cut.sources.family(version)))
+        to = None if cut.to is None else cut.to.get(version, ())
+        by_protocol.setdefault(cut.protocol, []).append((*cut.ports, cut.sources.family(version), to))
     for protocol, source, port, entry in flows:
-        for low, high, sources in by_protocol.get(protocol, ()):
-            if low <= port <= high and covers(sources, source):
+        for low, high, sources, to in by_protocol.get(protocol, ()):
+            if low <= port <= high and covers(sources, source) and (to is None or _is_to(to, version, entry)):
                 yield entry
                 break
+
+
+def _is_to(addresses: Ranges, version: int, entry: bytes) -> bool:
+    begun = _begun(version, entry)
+    return begun is not None and covers(addresses, begun.destination)
 
 
 def _flows(channel: Channel, version: int, cuts: Sequence[Cut]) -> Iterator[_Flow]:

@@ -288,6 +288,28 @@ def test_a_removed_carrier_is_cut_off_at_once(lan: Lan) -> None:
     assert arrived({"dialer": dialer}) == {}
 
 
+@pytest.mark.parametrize("backend", USABLE)
+def test_a_flow_that_is_older_than_the_rules_arrives(backend: str, tmp_path: Path) -> None:
+    """What a carrier sent to the edge before it had rules of fwc made an entry without translation; it does not last."""
+    with network() as names:
+        lan = Lan(names, backend, tmp_path)
+        in_named(names["edge"], "nft", "-f", "-", stdin=TRACKING)
+        try:
+            dialers, carrier = lan.listeners(5060), lan.socket("world", CARRIER, 5060)
+            carrier.sendto(b"OPTIONS", (WAN, 5060))
+            assert set(arrived(dialers)) == {"edge"}
+            lan.apply()
+
+            carrier.sendto(b"OPTIONS", (WAN, 5060))
+            assert arrived(dialers) == {"dialer1": (CARRIER, 5060)}
+        finally:
+            lan.close()
+
+
+TRACKING = "table inet other { chain input { type filter hook input priority 0; ct state invalid counter; }; }\n"
+"""Has the kernel track connections, as any firewall before fwc would have."""
+
+
 def test_a_blocked_source_reaches_no_dialer(lan: Lan) -> None:
     """Media is open to anywhere, and still closed to the block list, new flows and established ones."""
     listeners = lan.listeners(10010)

@@ -274,3 +274,18 @@ def test_of_many_flows(space: Space, version: int, removed: list[int], ports: tu
 
     assert deleted == len(removed)
     assert (len(sources(space, 5060)), len(sources(space, 9999))) == (300 - len(removed), 300)
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_of_flows_to_certain_addresses(space: Space, version: int) -> None:
+    """Where a cut names destinations, flows of the same sources to others go on."""
+    base = 10 << 24 if version == 4 else 0x20010DB8 << 96
+    here = base + (1 << 20)
+    spans = ((base, base + 99),)
+    named = Addresses.of(spans) if version == 4 else Addresses.of((), spans)
+    with space.entered():
+        with netlink.Channel() as channel:
+            injected(channel, version, 100, 5060)
+        deleted = [conntrack.delete([Cut(UDP, (5060, 5060), named, {version: ((a, a),)})]) for a in (here + 1, here)]
+
+    assert deleted == [0, 100]
