@@ -131,10 +131,21 @@ class _Reading:
         if host is None:
             return None
         for each in dict.fromkeys((*dialers, *(to for _, to, _ in forward))):
-            if host.first(4) is not None and each.first(4) is None:
-                hint = "packets to the edge's IPv4 address are sent on to it"
-                self.report.error("host-address", f"`{each.name}` is behind the edge and has no IPv4 address", each.at, hint)
+            self._check_target(host, each)
         return EdgePlan(host, self._at("host"), dialers, chunks, owner, forward, self._networks())
+
+    def _check_target(self, edge: ResolvedHost, to: ResolvedHost) -> None:
+        """What is sent on has to arrive: in one family at least, and not at the edge again."""
+        own, target = edge.first(4), to.first(4)
+        if own is not None and target is None:
+            hint = "packets to the edge's IPv4 address are sent on to it"
+            self.report.error("host-address", f"`{to.name}` is behind the edge and has no IPv4 address", to.at, hint)
+        elif own is None and to.first(6) is None:
+            hint = "name an IPv4 address of the edge, or IPv6 addresses of what is behind it"
+            self.report.error("host-address", f"nobody outside reaches `{to.name}`: the edge has no IPv4 address", to.at, hint)
+        elif target is not None and (4, target) in edge.addresses:
+            hint = "name first the address that it has on the private network"
+            self.report.error("host-address", f"`{to.name}` is behind the edge, and its first IPv4 address is the edge's own", to.at, hint)
 
     def _at(self, *path: str | int, key: bool = False) -> Position:
         return self.document.locate(("edge", *path), key=key)

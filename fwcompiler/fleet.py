@@ -63,7 +63,7 @@ def pick_host(names: Iterable[str], asked: str | None, machine: str) -> str | No
             raise UsageError("this policy is for one host: it has no `hosts`", hint="leave --host out")
         return None
     wanted = (machine if asked is None else asked).rstrip(".").lower()
-    exact = [name for name in known if name.lower() == wanted]
+    exact = [name for name in known if name == asked] or [name for name in known if name.lower() == wanted]
     short = [name for name in known if _label(name) == _label(wanted) and ("." not in wanted or "." not in name)]
     found = exact or short
     if len(found) == 1:
@@ -83,6 +83,7 @@ def _label(name: str) -> str:
 def read_hosts(policy: Policy, document: Document, report: Report) -> dict[str, ResolvedHost]:
     """All hosts of a policy; what is wrong with one is reported at its place."""
     hosts = {name: _host(name, entry, document, report) for name, entry in policy.hosts.items()}
+    _check_names(hosts, report)
     owners: dict[tuple[int, int], ResolvedHost] = {}
     for host in hosts.values():
         for address, at in zip(host.addresses, host.places, strict=True):
@@ -96,6 +97,15 @@ def read_hosts(policy: Policy, document: Document, report: Report) -> dict[str, 
                 report.warn("host-address", message, at, "fine for an address that moves between hosts")
     _compare_own_cluster(policy, hosts, document, report)
     return hosts
+
+
+def _check_names(hosts: Mapping[str, ResolvedHost], report: Report) -> None:
+    """Names of hosts are the same in capitals and small letters (RFC 4343)."""
+    known: dict[str, ResolvedHost] = {}
+    for host in hosts.values():
+        other = known.setdefault(host.name.lower(), host)
+        if other is not host:
+            report.error("name", f"`{host.name}` and `{other.name}` ({other.at}) are one name", host.at, "every host has a name of its own")
 
 
 def _host(name: str, entry: HostEntry, document: Document, report: Report) -> ResolvedHost:

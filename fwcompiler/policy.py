@@ -311,7 +311,7 @@ def _report_item(document: Document, report: Report, item: dict[str, Any]) -> No
         return report.error("required", f"`{path[-1]}` is missing", at, _missing_hint(path))
     if kind == "string_pattern_mismatch" and "Duration" not in context and path[-1] == "[key]":
         at = document.locate(path[:-1], key=True)
-        hint = "letters, digits, `-` and `.`" if path[0] == "hosts" else "a letter, then up to 19 letters, digits, `-` or `_`"
+        hint = "up to 63 letters, digits, `-` and `.`" if path[0] == "hosts" else "a letter, then up to 19 letters, digits, `-` or `_`"
         return report.error("name", f"`{path[-2]}` cannot be a name", at, hint)
     if path == ("edge", "inbound_sip") and isinstance(item["input"], list):
         hint = "a packet to 5060 names no dialer: one of them takes all inbound calls"
@@ -427,6 +427,8 @@ def _type_hint(item: dict[str, Any], path: KeyPath) -> str:
         return "name groups here; what is open to anywhere is said at a service"
     if item["type"] == "list_type" and isinstance(item["input"], str):
         return f"write a list: [{item['input']}]"
+    if path == ("edge", "rtp"):
+        return "write {first: 10000, chunk: 5000}"
     if path and path[-1] in _FORMS:
         return _FORMS[str(path[-1])]
     if item["type"] == "string_type" and isinstance(item["input"], int | float):

@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from fwcompiler.addresses import AddressError, parse_address
+
 MAX_HEAD = 8192
 """Bytes that a request's head may have; browsers send less than 2,000."""
 ACME_PATH = "/.well-known/acme-challenge/"
@@ -148,9 +150,19 @@ def _host(authority: str) -> str | None:
         name = authority
     elif port and not (port.isascii() and port.isdigit() and len(port) <= 5):
         return None
-    if len(name) > 253 or not (_NAME.fullmatch(name) or _IPV6.fullmatch(name)):
+    if len(name) > 253 or not (_NAME.fullmatch(name) or _is_ipv6(name)):
         return None
     return name.lower()
+
+
+def _is_ipv6(name: str) -> bool:
+    """True for an address of IPv6 in brackets, without a zone (RFC 3986, 3.2.2)."""
+    if not _IPV6.fullmatch(name):
+        return False
+    try:
+        return parse_address(name[1:-1])[0] == 6
+    except AddressError:
+        return False
 
 
 def challenge_file(token: str) -> str:

@@ -84,7 +84,7 @@ def joined(table: str, chain: str) -> str:
     return chain if table == "filter" else f"{table}/{chain}"
 
 
-_SHORT = {"service.": "s.", "early.": "e."}
+_SHORT = {"service.": "s.", "early.": "e.", "guard.": "g."}
 
 
 def chain_name(name: str) -> str:

@@ -24,6 +24,7 @@ from fwcompiler.audit.facts import (
     Facts,
     Helper,
     OwnAddress,
+    Published,
     Rules,
     Served,
 )
@@ -34,9 +35,10 @@ from fwcompiler.diagnostics import Failure, Finding, PolicyRejected, UsageError
 from fwcompiler.guard import SSH, Visitor, judge, ssh_ports, visitors
 from fwcompiler.kernel import hostfacts, sockets, web
 from fwcompiler.kernel.netns import Namespace
-from fwcompiler.neighbours import meddling, read_host
+from fwcompiler.neighbours import Meddling, meddling, read_host
 from fwcompiler.pipeline import Compiled, Host, plan
 from fwcompiler.plan import Plan
+from fwcompiler.ports import PROTOCOLS
 from fwcompiler.proof.diagram import StepsExceeded
 from fwcompiler.registry import load
 from fwcompiler.report import access_lines, sending_lines
@@ -239,17 +241,21 @@ class _Gatherer:
         mine: dict[int, Ranges] = {v: merged((a.address, a.address) for a in own or () if a.version == v) for v in (4, 6)}
         found = [p for source, ruleset in _rulesets(filters) for p in published(ruleset, mine, source)]
         unique = {(p.protocol, p.span, p.to): p for p in reversed(found)}
-        return Rules(filters.legacy_rules(), filters.nft_rules(), tuple(reversed(unique.values())), self._meddling(live))
+        handed_on = tuple(reversed(unique.values()))
+        return Rules(filters.legacy_rules(), filters.nft_rules(), handed_on, self._meddling(live, handed_on))
 
-    def _meddling(self, live: Ruleset | None) -> tuple[str, ...]:
-        """What rules of others change about packets, one example a rule; published ports are told by themselves."""
+    def _meddling(self, live: Ruleset | None, handed_on: Sequence[Published]) -> tuple[str, ...]:
+        """What rules of others change about packets, one example a rule; published ports are told by themselves.
+
+        What hands packets on by a map is seen here only: the listing that published ports are read from has no contents.
+        """
         host = self._host
         if live is None or host is None:
             return ()
         whole = self._try("rules of others", lambda: read_host(host, live))
         try:
             found = meddling(whole) if whole else ()
-            return tuple({each.by: str(each) for each in reversed(found) if each.host != "redirect"}.values())
+            return tuple({each.by: str(each) for each in reversed(found) if not _is_told(each, handed_on)}.values())
         except StepsExceeded:
             self.left_out.append("rules of others: they are more than can be decided")
             return ()
@@ -277,6 +283,14 @@ class _Gatherer:
             self.left_out.append(f"lock-out: who is in {', '.join(coming)} at present is not known without the live rules")
             return ()
         return judge(everybody, self._compiled.ruleset, Ruleset(), self._compiled).locked_out
+
+
+def _is_told(found: Meddling, handed_on: Sequence[Published]) -> bool:
+    """True where a packet is handed on by a port that is known to be published."""
+    protocol, port = found.packet.protocol, found.packet.port
+    return found.host == "redirect" and any(
+        PROTOCOLS[each.protocol] == protocol and each.span[0] <= port <= each.span[1] for each in handed_on
+    )
 
 
 def _rulesets(filters: hostfacts.Filters) -> Iterator[tuple[str, Ruleset]]:

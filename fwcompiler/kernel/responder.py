@@ -28,8 +28,11 @@ MAX_OPEN = 4096
 MAX_TOKEN = 16_384
 """Bytes of a challenge's content that are passed on; a key authorization has about 90."""
 UPSTREAM_TIMEOUT = 5.0
+BACKLOG = 1024
+"""Connections that may wait to be taken in."""
 _LISTEN_FDS_START = 3  # sd_listen_fds(3)
-_SPARE_DESCRIPTORS = 64
+_SPARE_DESCRIPTORS = 128
+"""asyncio takes in up to 100 connections before it looks at one of them."""
 
 
 @dataclass
@@ -184,8 +187,8 @@ def listen(port: int) -> list[socket.socket]:
     """
     try:
         if socket.has_dualstack_ipv6():
-            return [socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)]
-        return [socket.create_server(("", port), backlog=1024)]
+            return [socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=BACKLOG)]
+        return [socket.create_server(("", port), backlog=BACKLOG)]
     except OSError as error:
         raise HostRefused(f"cannot listen on port {port}: {error.strerror}", hint="is another responder running?") from error
 
@@ -228,6 +231,8 @@ async def _serve(sockets: list[socket.socket], responder: Responder) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)
     servers = [await loop.create_server(lambda: _Connection(responder), sock=each) for each in sockets]
+    for each in sockets:
+        each.listen(BACKLOG)  # create_server has set it to 100
     await ended.wait()
     for server in servers:
         server.close()

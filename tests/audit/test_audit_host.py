@@ -337,6 +337,26 @@ def test_the_page_opens_in_a_browser(host: Host, update_picture: bool) -> None:
         IMAGE.write_bytes(picture.read_bytes())
 
 
+def test_ports_that_a_map_hands_on(host: Host) -> None:
+    """A port that a map of nftables hands on to a container goes past the policy as one that a rule names does."""
+    host.apply(POLICY)
+    with dialer(host.netns, host.folder) as made:
+        made.run("nft", BY_MAP)
+        ran = audit(host)
+
+    assert re.search(r"rules-before.*tcp/7777.* redirects them: table ip published, chain p: dnat to tcp dport map @ports", ran.out)
+    assert "tcp/7778: error[docker-bypass]" in ran.out
+
+
+BY_MAP = """
+add table ip published
+add chain ip published p { type nat hook prerouting priority dstnat; }
+add map ip published ports { type inet_service : ipv4_addr; elements = { 7777 : 172.17.0.5 } }
+add rule ip published p dnat to tcp dport map @ports
+add rule ip published p tcp dport 7778 dnat to 172.17.0.6:80
+"""
+
+
 def test_servers_that_talk_something_else(host: Host) -> None:
     """What answers on the web ports is not believed: no garbage reaches the terminal, and TLS ports without TLS are errors."""
     host.apply(POLICY)

@@ -121,6 +121,19 @@ def test_idle_connections_do_not_keep_others_out() -> None:
 
 
 @pytest.mark.usefixtures("inside")
+def test_many_wait_to_be_taken_in() -> None:
+    """A burst that comes while the responder has no time is kept for it, as long as the kernel's own limit allows."""
+    with running() as process, ExitStack() as held:
+        process.send_signal(signal.SIGSTOP)
+        try:
+            for _ in range(400):
+                held.enter_context(socket.create_connection(("127.0.0.1", PORT), 2))
+        finally:
+            process.send_signal(signal.SIGCONT)
+        assert ask().startswith(b"HTTP/1.1 301 ")
+
+
+@pytest.mark.usefixtures("inside")
 @pytest.mark.parametrize("sent", [b"A" * 100_000, b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 20_000, b"\0" * 9000])
 def test_endless_heads_are_refused(sent: bytes) -> None:
     """A head that does not end is answered with 431, not kept."""

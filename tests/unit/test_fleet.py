@@ -74,6 +74,20 @@ def test_a_name_that_could_be_two_hosts_is_refused() -> None:
     assert pick_host(("a.example.net", "a.example.org"), "a.example.org", "elsewhere") == "a.example.org"
 
 
+def test_names_that_differ_in_capitals_only(tmp_path: Path) -> None:
+    """They are one name, which the policy's errors say; the exact one is still found, so that they can be told."""
+    text = """
+hosts:
+  dialer1: {role: dialer, addresses: [10.20.0.11]}
+  Dialer1: {role: dialer, addresses: [10.20.0.12]}
+services: {ssh: {from: [cluster]}}
+"""
+    _, findings = resolved(tmp_path, text, "dialer1")
+
+    assert [(f.code, f.at and f.at.line) for f in findings] == [("name", 5)]
+    assert pick_host(("dialer1", "Dialer1"), "Dialer1", "elsewhere") == "Dialer1"
+
+
 def test_a_policy_without_hosts_is_for_any_machine() -> None:
     """Without `hosts` there is nothing to choose, and a --host is a mistake."""
     assert pick_host((), None, "anything") is None
@@ -188,6 +202,31 @@ def test_every_dialer_opens_its_own_chunk_only(tmp_path: Path) -> None:
     opened = [ports(resolved(tmp_path, fleet(3, "{first: 10000, chunk: 5000}"), f"d{i}")[0])["rtp"] for i in range(3)]
 
     assert opened == [("udp/10000-14999",), ("udp/15000-19999",), ("udp/20000-24999",)]
+
+
+@pytest.mark.parametrize(
+    ("edge", "dialer", "message"),
+    [
+        ("203.0.113.1", '"2001:db8::5"', "is behind the edge and has no IPv4 address"),
+        ('"2001:db8::1"', "10.0.0.5", "the edge has no IPv4 address"),
+        ("203.0.113.1, 10.0.0.1", "10.0.0.1, 10.0.0.5", "its first IPv4 address is the edge's own"),
+        ("203.0.113.1", "10.0.0.5, 203.0.113.1", ""),
+        ('"2001:db8::1"', '"2001:db8::5"', ""),
+    ],
+)
+def test_what_an_edge_sends_on_has_to_arrive(tmp_path: Path, edge: str, dialer: str, message: str) -> None:
+    """A dialer that packets to the edge could not be sent on to, or that they would come back from, is refused at its line."""
+    text = f"""hosts:
+  gw: {{role: edge, wan: eth0, lan: eth1, addresses: [{edge}]}}
+  d0: {{role: dialer, addresses: [{dialer}]}}
+edge: {{host: gw, inbound_sip: d0, rtp: {{first: 10000}}}}
+services: {{sip: {{from: [cluster]}}, rtp: {{from: anywhere}}}}
+"""
+    _, findings = resolved(tmp_path, text, "d0")
+    errors = [f for f in findings if f.is_error]
+
+    assert [f.code for f in errors] == (["host-address"] if message else [])
+    assert all(f.message.endswith(message) and f.at and f.at.line == 4 for f in errors)
 
 
 def test_a_dialer_may_have_ports_of_its_own(tmp_path: Path) -> None:
