@@ -273,8 +273,15 @@ def _shown(space: Space, masks: Mapping[int, int], usual: Mapping[int, int]) -> 
 
 def decider(host: WholeHost, packet: Packet, verdict: str) -> str:
     """The rule of somebody else's that gives a packet this end, in words."""
-    found = deciding(host, host.ask(packet), verdict)
+    found = deciding(host, host.ask(packet), verdict) or deciding(host, _without_ours(host).ask(packet), verdict)
     return host.text(found) if found else "a rule of others"
+
+
+def _without_ours(host: WholeHost) -> WholeHost:
+    """The host as if our chains held nothing: a packet that stands for members of the moment may end in them, and theirs would not."""
+    ours = {c.name for c in host.ours.chains}
+    chains = (replace(c, rules=(), hook=c.hook and replace(c.hook, policy="accept")) if c.name in ours else c for c in host.rules.chains)
+    return replace(host, rules=replace(host.rules, chains=tuple(chains)))
 
 
 def deciding(host: WholeHost, answer: Answer, verdict: str) -> Candidate | None:
