@@ -214,7 +214,7 @@ def diff_text(plan: Plan, policy: Resolved | None, *, color: bool, whole: bool =
     ):
         if parts or members or sent:
             lines.append(f"{bold}{title}{off}")
-            lines += [f"  {text}" for text in access_lines(parts, policy, sign, may, known)]
+            lines += [f"  {text}" for text in access_lines(parts, policy, sign, may, known, plan.wanted)]
             lines += [f"  {text}" for text in _member_lines(members, policy, sign, may)]
             lines += [f"  {text}" for text in sent]
     if not access and not plan.members_gained and not plan.members_lost and not plan.sending:
@@ -249,13 +249,16 @@ def _cut(line: str) -> str:
     return line if len(line) <= 200 else line[:197] + "..."
 
 
-def access_lines(parts: Iterable[Access], policy: Resolved | None, sign: str, may: str, live: Ruleset | None = None) -> Iterator[str]:
+def access_lines(
+    parts: Iterable[Access], policy: Resolved | None, sign: str, may: str, live: Ruleset | None = None, wanted: Ruleset | None = None
+) -> Iterator[str]:
     """`+ carriers may reach sip udp/5060`, one line for all ports that the same sources gain or lose at one service.
 
     Sources that are part of one group have its name in front: `carriers: + 198.51.100.64/28 may reach sip udp/5060`. ``live``: the
-    rules that let them in until now, whose groups have the say about who they are.
+    rules that let them in until now, whose groups have the say about who they are. ``wanted``: whose groups stand for a policy's where
+    there is none.
     """
-    now, held = _groups(policy), _groups_in(live) if live else {}
+    now, held = _groups(policy) or (_groups_in(wanted) if wanted else {}), _groups_in(live) if live else {}
     groups = {**held, **{name: each for name, each in now.items() if name not in held}}
     whole = {name: each for name, each in groups.items() if each.includes(now.get(name, NOBODY))}
     together: dict[tuple[str, str | None, tuple[str, ...], str], list[str]] = {}

@@ -97,8 +97,8 @@ def access_words(planned: Plan, compiled: Compiled | None) -> tuple[str, ...]:
     from fwcompiler.report import access_lines, sending_lines
 
     policy = compiled.resolved if compiled else None
-    gained = access_lines(planned.access.gained, policy, "+", "may reach")
-    lost = access_lines(planned.access.lost, policy, "-", "may no longer reach", planned.live)
+    gained = access_lines(planned.access.gained, policy, "+", "may reach", wanted=planned.wanted)
+    lost = access_lines(planned.access.lost, policy, "-", "may no longer reach", planned.live, planned.wanted)
     more, less = sending_lines(planned.sending, policy, "+", "-")
     return (*gained, *more, *lost, *less)
 
