@@ -1,4 +1,4 @@
-"""The whole host: our rules and everybody else's, and what the others change about packets that are sent to it."""
+"""The whole host: our rules and everybody else's, and what the others change about packets that are sent to it, or that it sends."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from fwcompiler.backend import Saved
 from fwcompiler.foreign import at_present, together
 from fwcompiler.kernel import everyone, routes
 from fwcompiler.pipeline import Host
-from fwcompiler.proof.arrive import ABROAD, World, arrivals, departures
+from fwcompiler.proof.arrive import World, arrivals
 from fwcompiler.proof.ask import Answer, Candidate, ask
 from fwcompiler.proof.conditions import ordered, outs
+from fwcompiler.proof.depart import WAY, departures, usual_leaving
 from fwcompiler.proof.describe import box_text, example, rule_text
 from fwcompiler.proof.diagram import StepsExceeded
 from fwcompiler.proof.fields import Packet
-from fwcompiler.proof.host import THROUGH
-from fwcompiler.proof.prove import FAMILIES, Difference, differ
-from fwcompiler.proof.space import FIRST_ATOM, SOURCE, Condition, Space
+from fwcompiler.proof.host import THROUGH, HostProgram
+from fwcompiler.proof.prove import FAMILIES, differ
+from fwcompiler.proof.space import DESTINATION, FIRST_ATOM, SOURCE, Space
 from fwcompiler.registry import load
 from fwcompiler.ruleset import AHEAD, Goto, HookName, Jump, Ruleset
 
@@ -89,7 +90,7 @@ class WholeHost:
     def alone_in_sending(self) -> bool:
         """True where nobody else's rules meet what this host sends, or ours do not restrict that."""
         restricted = any(r.service.startswith(SENDING) for c in self.ours.chains for r in c.rules)
-        return not restricted or self._alone_at(("output", "postrouting"))
+        return not restricted or self._alone_at(WAY)
 
     def _alone_at(self, hooks: Sequence[HookName]) -> bool:
         own = {c.name: c.rules for c in self.ours.chains}
@@ -98,7 +99,10 @@ class WholeHost:
         return not any(theirs) and not any(c.hook and c.hook.policy == "drop" for c in bases)
 
     def ask(self, packet: Packet) -> Answer:
-        """What becomes of a packet that is sent to the host, or that it sends."""
+        """What becomes of a packet that is sent to the host, or that it sends: from its one address, where it has one."""
+        own = self.world.destinations(packet.version)
+        if packet.leaving and not packet.source and len(own) == 1 and own[0][0] == own[0][1]:
+            packet = replace(packet, source=own[0][0])
         return ask(at_present(self.rules), packet, "output" if packet.leaving else "input", world=self.world)
 
     def is_ours(self, candidate: Candidate) -> bool:
@@ -211,8 +215,8 @@ def _nft_texts(saved: Saved) -> Iterator[tuple[tuple[str, int], tuple[str, str]]
 
 
 def meddling(host: WholeHost) -> tuple[Meddling, ...]:
-    """What everybody else's rules change about packets that are sent to the host, and about those that it sends where ours restrict
-    them; nothing: proven for all usual packets.
+    """What everybody else's rules change about packets that are sent to the host, and where `egress` restricts it, about those that it
+    sends; nothing: proven for all usual packets.
 
     Raises:
         StepsExceeded: the rules are beyond what can be decided.
@@ -221,53 +225,50 @@ def meddling(host: WholeHost) -> tuple[Meddling, ...]:
 
 
 def _meddling(host: WholeHost) -> Iterator[Meddling]:
-    """One for each rule, and end of packets, that makes a difference; new connections before others."""
-    boxes = [each for version in FAMILIES for each in _boxes(host, version)]
-    if not host.alone_in_sending:
-        boxes += [each for version in FAMILIES for each in _sent(host, version)]
+    """One for each rule, and end of packets, that makes a difference; what comes in before what leaves, new connections before others."""
+    ways = (False,) if host.alone_in_sending else (False, True)
+    boxes = (each for leaving in ways for version in FAMILIES for each in _boxes(host, version, leaving=leaving))
     found = sorted(boxes, key=lambda m: (m.packet.leaving, m.packet.state != "new"))
-    shown: set[tuple[str, int]] = set()
+    shown: set[tuple[str, int, bool]] = set()
     for each in found:
-        if each.packet.state == "new" or (each.by, each.packet.version) not in shown:
+        key = (each.by, each.packet.version, each.packet.leaving)
+        if each.packet.state == "new" or key not in shown:
             yield each
-        shown.add((each.by, each.packet.version))
+        shown.add(key)
 
 
-def _boxes(host: WholeHost, version: int) -> Iterator[Meddling]:
-    names = ordered((*outs(host.ours), *outs(host.rules)))
-    ours, whole = (arrivals(rules, version, host.world, names) for rules in (host.ours, host.rules))
-    usual = host.world.usual(version)
-    difference = differ(ours, whole, version, within=usual)
-    yield from _told(host, difference, usual) if difference else ()
-
-
-def _sent(host: WholeHost, version: int) -> Iterator[Meddling]:
-    """The same for packets that the host sends to others."""
-    names = ordered((*outs(host.ours), *outs(host.rules)))
-    ours, whole = (departures(rules, version, names) for rules in (host.ours, host.rules))
-    difference = differ(ours, whole, version, within=ABROAD)
-    yield from _told(host, difference, ABROAD, leaving=True) if difference else ()
-
-
-def _told(host: WholeHost, difference: Difference, usual: Sequence[Condition], *, leaving: bool = False) -> Iterator[Meddling]:
+def _boxes(host: WholeHost, version: int, *, leaving: bool) -> Iterator[Meddling]:
+    usual = usual_leaving(host.world, version) if leaving else host.world.usual(version)
+    difference = differ(*_programs(host, version, leaving=leaving), version, within=usual)
+    if difference is None:
+        return
     space = difference.space
     free = dict(map(space.place, usual))
     for box in difference.boxes:
-        masks = {n: m for n, m in box.masks.items() if m != free.get(n)} if leaving else _shown(space, box.masks, free)
-        packet = example(space, box, leaving=leaving)
+        shown = replace(box, masks=_shown(space, box.masks, free, DESTINATION if leaving else SOURCE))
+        any_source = replace(box, masks={n: m for n, m in box.masks.items() if n != SOURCE or m != free[SOURCE]}) if leaving else box
+        packet = example(space, any_source, leaving=leaving)
         by = decider(host, packet, box.verdicts[1])
         certain = not any(number >= FIRST_ATOM for number in box.masks)
         ours_says, host_says = cast("tuple[End, End]", box.verdicts)
-        yield Meddling(box_text(space, replace(box, masks=masks), leaving=leaving), packet, ours_says, host_says, by, certain)
+        yield Meddling(box_text(space, shown, leaving=leaving), packet, ours_says, host_says, by, certain)
 
 
-def _shown(space: Space, masks: Mapping[int, int], usual: Mapping[int, int]) -> dict[int, int]:
-    """The masks of a box less what goes without saying; loopback addresses are not asked about, so they may fill a gap."""
+def _programs(host: WholeHost, version: int, *, leaving: bool) -> tuple[HostProgram, HostProgram]:
+    """Our rules alone, and everybody's."""
+    if leaving:
+        return departures(host.ours, version, host.world), departures(host.rules, version, host.world)
+    names = ordered((*outs(host.ours), *outs(host.rules)))
+    return arrivals(host.ours, version, host.world, names), arrivals(host.rules, version, host.world, names)
+
+
+def _shown(space: Space, masks: Mapping[int, int], usual: Mapping[int, int], other_end: int) -> dict[int, int]:
+    """The masks of a box less what goes without saying; addresses that are not asked about, loopback ones for two, may fill a gap."""
     shown = {n: m for n, m in masks.items() if m != usual.get(n)}
-    if SOURCE in shown:
-        wide = shown[SOURCE] | space.everything(SOURCE) & ~usual[SOURCE]
-        if len(space.ranges(SOURCE, wide)) < len(space.ranges(SOURCE, shown[SOURCE])):
-            shown[SOURCE] = wide
+    if other_end in shown:
+        wide = shown[other_end] | space.everything(other_end) & ~usual[other_end]
+        if len(space.ranges(other_end, wide)) < len(space.ranges(other_end, shown[other_end])):
+            shown[other_end] = wide
     return shown
 
 

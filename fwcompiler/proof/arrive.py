@@ -1,4 +1,4 @@
-"""What becomes of packets that are sent to this host: received, refused, or sent on to where a rule says (NAT); and of its own.
+"""What becomes of packets that are sent to this host: received, refused, or sent on to where a rule says (NAT).
 
 Like `host`, but a new destination in prerouting leads to where it really is: an address of the host, or elsewhere, through
 the forward hook. Where nobody says which addresses the host has (a saved listing), that is an atom.
@@ -141,33 +141,3 @@ def arrivals(ruleset: Ruleset, version: int, world: World, names: Sequence[str] 
     ways = (stages(ruleset, version, WAYS[hook], known) for hook in ("input", "forward"))
     inside, through = ways
     return Arrivals({}, (), version, inside, through, world)
-
-
-ABROAD = (Condition(INTERFACE, frozenset(("lo",)), negated=True),)
-"""What holds for packets that this host sends to others."""
-
-
-@dataclass(frozen=True, slots=True)
-class Departures(HostProgram):
-    """The way of packets that the host sends to others: output, then postrouting. One that another rule sends elsewhere is redirected."""
-
-    def diagram(self, diagrams: Diagrams, space: Space) -> int:
-        """What becomes of every packet; whether one that may not leave is answered makes no difference here."""
-        return relabel(diagrams, HostProgram.diagram(self, diagrams, space), {REJECT: DROP})
-
-    def _masks(self, space: Space) -> Masks:
-        return place_in(space, _leaves)
-
-    def _translated(self, number: int, translation: Translate, rests: Sequence[int], diagrams: Diagrams, space: Space) -> int:
-        after = HostProgram._translated(self, number, translation, rests, diagrams, space)
-        return relabel(diagrams, after, {ACCEPT: ELSEWHERE}) if translation.side == "destination" else after
-
-
-def _leaves(atom: str) -> Condition | bool | None:
-    """What is known of a packet for somebody else: its destination is none of this host's."""
-    return atom.startswith("destination type unicast") if atom.startswith("destination type ") else told(atom)
-
-
-def departures(ruleset: Ruleset, version: int, names: Sequence[str]) -> Departures:
-    """The way of packets of one family that the host sends; `names` as for `arrivals`."""
-    return Departures({}, (), version, stages(ruleset, version, ("output", "postrouting"), names))

@@ -18,6 +18,7 @@ from typing import Literal, cast, get_args
 
 from fwcompiler.addresses import LAST, LOOPBACK, MULTICAST, Ranges, covers, intersect, merged, subtract
 from fwcompiler.foreign import BROADCAST, FRAGMENT, LOCAL
+from fwcompiler.proof import depart
 from fwcompiler.proof.arrive import World, told
 from fwcompiler.proof.compose import rewritten_side
 from fwcompiler.proof.conditions import fits
@@ -115,7 +116,8 @@ class _Asking:
         from fwcompiler.proof.conditions import outs as outs_of
 
         self._ruleset, self._world = ruleset, world
-        self._ways = {hook: stages(ruleset, version, way, ordered((*outs_of(ruleset), *outs))) for hook, way in WAYS.items()}
+        ways = WAYS if world is None else {**WAYS, "output": depart.WAY}
+        self._ways = {hook: stages(ruleset, version, way, ordered((*outs_of(ruleset), *outs))) for hook, way in ways.items()}
         names = {c.atom for way in self._ways.values() for s in way for c in s.conditions() if c.atom}
         self._atoms = _Atoms(most=len(names) + SPARE)
         self._diagrams = Diagrams({FIRST_ATOM + i: 3 for i in range(len(names) + SPARE)})
@@ -177,7 +179,9 @@ class _Asking:
             number += 1
         after = _rewrite(seen, translation, stage.hook)
         if stage.hook != "prerouting" or translation.side == "source":
-            return self._from(number + 1, after)
+            rest = self._from(number + 1, after)
+            away = self._world is not None and stage.hook == "output" and translation.side == "destination"
+            return relabel(self._diagrams, rest, {ACCEPT: ELSEWHERE}) if away else rest
         if not translation.here and not translation.ranges:
             return self._moved(self._from(number + 1, after), translation)
         inside = self._moved(self._from(number + 1, replace(after, hook="input", out="")), translation)
@@ -215,11 +219,14 @@ class _Asking:
         fact = _fact(atom, seen)
         if fact is not None or self._world is None:
             return fact
+        if atom == LOCAL and seen.hook == "output" and DESTINATION not in seen.unknown and seen.packet.destination is not None:
+            own = self._world.own_of(seen.packet.version)
+            return covers(own, seen.packet.destination) if own else None
         if atom.startswith("destination type ") and (seen.hook != "input" or DESTINATION in seen.unknown):
             return None
         if atom in _REWRITTEN:
             return False  # later packets go where the first one went, and were translated here if that one was
-        known = told(atom)
+        known = depart.told(atom) if seen.packet.leaving else told(atom)
         if isinstance(known, Condition):
             return _holds(known, seen)
         return known
@@ -265,7 +272,7 @@ def _holds(condition: Condition, seen: _Seen) -> bool | None:
         return None
     if isinstance(values, frozenset):
         return packet.state in values if number == STATE else any(fits(name, packet.interface) for name in values)
-    if number == DESTINATION and packet.destination is None:
+    if (number == DESTINATION and packet.destination is None) or (number == SOURCE and packet.leaving and not packet.source):
         return _own(packet.version, values)
     value = {
         PROTOCOL: packet.protocol,
@@ -332,13 +339,13 @@ def _rewrite(seen: _Seen, translation: Translate, hook: HookName) -> _Seen:
         if low == high and not more:
             unknown.discard(address)
             packet = replace(packet, source=low) if address == SOURCE else replace(packet, destination=low)
+    elif translation.side == "source":
+        unknown.add(SOURCE)
     elif translation.here:
         unknown.discard(DESTINATION)
         own = hook == "output" or packet.interface == "lo"
         loopback = LOOPBACK[packet.version]
         packet = replace(packet, destination=loopback[0] + (packet.version == 4) if own else None)
-    elif translation.side == "source":
-        unknown.add(SOURCE)
     if hook == "output" and translation.side == "destination":
         unknown.add(INTERFACE)
     return replace(seen, packet=packet, unknown=frozenset(unknown), by=translation.text, sides=seen.sides | {translation.side})

@@ -14,26 +14,13 @@ from fwcompiler.proof.compose import Program
 from fwcompiler.proof.conditions import outs
 from fwcompiler.proof.describe import CounterExample, assumed, box_text, example, kernel_does
 from fwcompiler.proof.diagram import ACCEPT, DROP, REJECT
-from fwcompiler.proof.host import HostProgram, Stage, stages
+from fwcompiler.proof.host import HostProgram, Stage, for_another_host, stages
 from fwcompiler.proof.prove import FAMILIES, differ
 from fwcompiler.proof.trace import trace
 from fwcompiler.ruleset import Ruleset
 
 _SOMEBODY = {4: 0xC0000201, 6: (0x2001_0DB8 << 96) + 1}
 """Addresses for documentation (RFC 5737, RFC 3849): of another host."""
-
-
-def for_another_host(stage: Stage) -> Stage:
-    """A base chain as packets meet it that are for no address of this host."""
-    chains = {
-        name: tuple(
-            replace(line, conditions=tuple(c for c in line.conditions if c.atom != LOCAL))
-            for line in lines
-            if not any(c.atom == LOCAL and not c.negated for c in line.conditions)
-        )
-        for name, lines in stage.chains.items()
-    }
-    return replace(stage, chains=chains)
 
 
 def touched(ruleset: Ruleset) -> Iterator[CounterExample]:

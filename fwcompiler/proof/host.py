@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from fwcompiler.addresses import LAST, LOOPBACK, Ranges, intersect, subtract
+from fwcompiler.foreign import LOCAL
 from fwcompiler.proof.compose import Composed, Program, rewritten_side
 from fwcompiler.proof.conditions import Conditions, Place, fits, outs
 from fwcompiler.proof.diagram import ACCEPT, DROP, NO_CHAIN, REJECT, RETURN, Diagrams, Item, Rules
@@ -211,6 +212,9 @@ def rewrite(diagrams: Diagrams, space: Space, translation: Translate, rest: int,
         rest = assign(diagrams, rest, side[1], _covering(space, side[1], (translation.ports,)))
     if translation.ranges:
         rest = assign(diagrams, rest, side[0], _covering(space, side[0], translation.ranges))
+    elif translation.here and translation.side == "source":
+        elsewhere = subtract(((0, LAST[space.version]),), (LOOPBACK[space.version],))
+        rest = assign(diagrams, rest, SOURCE, _covering(space, SOURCE, elsewhere))
     elif translation.here:
         rest = _here(diagrams, space, rest, hook)
     unsure = choice(diagrams, _atom_number(space, rewritten_text(translation)), 2, ACCEPT, DROP)
@@ -253,6 +257,19 @@ def stages(ruleset: Ruleset, version: int, way: Sequence[HookName], names: Seque
     bases = [(c, c.hook) for c in ruleset.chains if c.hook and c.hook.name in way and c.hook.version in (None, version)]
     bases.sort(key=lambda pair: (way.index(pair[1].name), *_order(pair[1])))
     return tuple(reader.stage(chain, hook) for chain, hook in bases)
+
+
+def for_another_host(stage: Stage) -> Stage:
+    """A base chain as packets meet it that are for no address of this host."""
+    chains = {
+        name: tuple(
+            replace(line, conditions=tuple(c for c in line.conditions if c.atom != LOCAL))
+            for line in lines
+            if not any(c.atom == LOCAL and not c.negated for c in line.conditions)
+        )
+        for name, lines in stage.chains.items()
+    }
+    return replace(stage, chains=chains)
 
 
 def _order(hook: Hook) -> tuple[int, int]:

@@ -9,7 +9,7 @@ import os
 import select
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -270,3 +270,108 @@ def test_policy_drop_of_another_base_chain(tmp_path: Path, net: Net) -> None:
 
     assert any("table ip closed, chain in: the policy of the chain" in each["rule"] for each in found["foreign"])
     assert "table ip closed, chain in" in text
+
+
+SENDING = f"{POLICY}egress:\n  - udp/5060: carriers\n  - udp/7000: anywhere\n"
+SENT = tuple((address, port) for address in (CARRIER, STRANGER) for port in (5060, 7000, 12000))
+
+
+def _out(priority: str, rule: str, hook: str = "output") -> str:
+    return f"table inet out {{ chain c {{ type filter hook {hook} priority {priority}; policy accept; {rule}; }}; }}"
+
+
+SENDERS: Mapping[str, Sequence[tuple[str, str]]] = {
+    "dropped before us": (("nft -f -", _out("-10", "udp dport 5060 drop")),),
+    "rejected behind us": (("nft -f -", _out("10", "ip daddr != 198.51.100.0/24 reject")),),
+    "dropped on its way out": (("nft -f -", _out("0", "udp dport 7000 drop", "postrouting")),),
+    "an accept that is none": (("nft -f -", _out("-10", "accept")),),
+    "from another address": (("nft -f -", _out("-10", "ip saddr 203.0.113.9 drop")),),
+    "to the host itself": (("nft -f -", _out("-10", f"ip daddr {HOST} drop; fib daddr type local drop; fib saddr type local accept")),),
+    "dropped by iptables": (("iptables-nft-restore --noflush", "*filter\n-I OUTPUT -p udp --dport 7000 -j DROP\nCOMMIT\n"),),
+    "dropped by the older kind": (("iptables-legacy-restore --noflush", f"*filter\n-I OUTPUT -d {CARRIER} -j DROP\nCOMMIT\n"),),
+    "let out by iptables": (("iptables-nft-restore --noflush", "*filter\n-I OUTPUT -p udp --dport 12000 -j ACCEPT\nCOMMIT\n"),),
+    "docker": (
+        (
+            "iptables-nft-restore --noflush",
+            "*nat\n:DOCKER - [0:0]\n-A OUTPUT ! -d 127.0.0.0/8 -m addrtype --dst-type LOCAL -j DOCKER\n"
+            f"-A DOCKER ! -i docker0 -p udp --dport 7000 -j DNAT --to-destination {CONTAINER}:12000\n"
+            "-A POSTROUTING -s 172.17.0.0/16 ! -o docker0 -j MASQUERADE\nCOMMIT\n",
+        ),
+    ),
+    "sent elsewhere": (
+        (
+            "iptables-nft-restore --noflush",
+            f"*nat\n-A OUTPUT -p udp --dport 7000 -d {STRANGER} -j DNAT --to-destination {CARRIER}\nCOMMIT\n",
+        ),
+    ),
+}
+
+
+def _departures(net: Net) -> dict[tuple[str, int], bool]:
+    """By destination: whether a packet of the host's gets there."""
+    with ExitStack() as stack:
+        receivers = {stack.enter_context(_socket(net.internet, *to)): to for to in SENT}
+        for address, port in SENT:
+            sender = stack.enter_context(_socket(net.host, HOST, 0))
+            with suppress(OSError):  # what is rejected
+                sender.sendto(f"{address} {port}".encode(), (address, port))
+        found = dict.fromkeys(SENT, False)
+        while ready := select.select(list(receivers), [], [], 0.3)[0]:
+            for receiver in ready:
+                address, port = receivers[receiver]
+                found[address, port] |= receiver.recv(100).decode() == f"{address} {port}"
+        return found
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("world", SENDERS)
+def test_what_others_do_to_what_is_sent(tmp_path: Path, net: Net, backend: str, world: str) -> None:
+    """Where `egress` restricts it: `verify` fails exactly where others change where the host's packets get, and `explain` follows each."""
+    host = Host(tmp_path, net.name, backend)
+    host.apply(SENDING)
+    before = _departures(net)
+    for command, text in SENDERS[world]:
+        host.run(*command.split(), stdin=text)
+    after = _departures(net)
+
+    ran = host.fwc("verify", host.write(SENDING), "--json")
+    found = valid("verify", ran.json)
+    said = {}
+    for address, port in SENT:
+        asked = (
+            "explain",
+            host.write(SENDING),
+            "--live",
+            "--from",
+            HOST,
+            "--out",
+            "eth0",
+            "--to-addr",
+            address,
+            "--to",
+            f"udp/{port}",
+            "--json",
+        )
+        said[address, port] = host.fwc(*asked).json["verdict"] == "accept"
+
+    assert before == {to: to[1] == 7000 or to == (CARRIER, 5060) for to in SENT}
+    assert said == after
+    assert (ran.code, bool(found["foreign"])) == ((1, True) if after != before else (0, False)), ran
+    assert (found["problems"], found["counter_examples"], found["not_looked_at"]) == ([], [], [])
+    assert all(each["certain"] and each["packets"].startswith("from this host to ") for each in found["foreign"])
+    assert all("chain c" in each["rule"] or "OUTPUT" in each["rule"] for each in found["foreign"])
+
+
+def test_what_others_perhaps_do_to_what_is_sent(tmp_path: Path, net: Net) -> None:
+    """A rule that asks who sends, which no packet shows, makes `verify` say perhaps; `diff` and `status` tell it as well."""
+    host = Host(tmp_path, net.name)
+    host.apply(SENDING)
+    host.run("nft", "-f", "-", stdin=_out("-10", "udp dport 7000 meta skuid 1000 drop"))
+
+    ran = host.fwc("verify", host.write(SENDING))
+    told = "the host perhaps drops them: table inet out, chain c: udp dport 7000 meta skuid 1000 drop"
+
+    assert ran.code == 1
+    assert "  the host: perhaps drops them: table inet out, chain c: udp dport 7000 meta skuid 1000 drop" in ran.out
+    assert told in host.fwc("diff", host.write(SENDING)).out
+    assert told in host.fwc("status").out
