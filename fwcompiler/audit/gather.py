@@ -288,8 +288,10 @@ class _Gatherer:
 def _is_told(found: Meddling, handed_on: Sequence[Published]) -> bool:
     """True where a packet is handed on by a port that is known to be published."""
     protocol, port = found.packet.protocol, found.packet.port
-    return found.host == "redirect" and any(
-        PROTOCOLS[each.protocol] == protocol and each.span[0] <= port <= each.span[1] for each in handed_on
+    return (
+        found.host == "redirect"
+        and not found.packet.leaving
+        and any(PROTOCOLS[each.protocol] == protocol and each.span[0] <= port <= each.span[1] for each in handed_on)
     )
 
 

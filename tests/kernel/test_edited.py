@@ -112,12 +112,11 @@ def test_rules_of_others_about_what_is_sent(tmp_path: Path, netns: str, backend:
         host.iptables("-I", "OUTPUT", "-p", "tcp", "--dport", "25", "-j", "ACCEPT")
     verified = host.fwc("verify", host.write(policy))
     taken = "from this host to tcp/443 at any IPv4 address", "drops them: table ip x, chain c: tcp dport 443 drop"
-    let_out = "from this host to tcp/25 at any IPv4 address", "accepts them: ip filter OUTPUT: -A OUTPUT -p tcp -m tcp --dport 25 -j ACCEPT"
+    let_out = "from this host to tcp/25 at any IPv4 address", "table filter: -A OUTPUT -p tcp -m tcp --dport 25 -j ACCEPT"
     packets, rule = taken if backend == "nftables" else let_out
 
     assert verified.code == 1
     assert packets in verified.out
-    assert rule.partition(": ")[2] in verified.out
-    assert "the host: " + rule.partition(":")[0] in verified.out
+    assert rule in verified.out
     assert any(note.startswith(packets) for note in host.fwc("status", "--json").json["notes"])
     assert not host.fwc("verify", host.write(policy), "--json").json["not_looked_at"]
