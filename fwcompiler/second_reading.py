@@ -220,7 +220,7 @@ def _verdict(raw: Mapping[str, Any], version: int) -> tuple[Verdict, str, list[M
     if translation is not None:
         return translation, "", []
     if target == "REJECT":
-        usual = options == {"reject-with": ["icmp-port-unreachable" if version == 4 else "icmp6-port-unreachable"]}
+        usual = options == {"reject-with": ["icmp-admin-prohibited" if version == 4 else "icmp6-adm-prohibited"]}
         return Final.REJECT, "", [] if usual else [Unknown(f"REJECT {options}")]
     return None, "", [Unknown(f"{'goto' if raw['goto'] else 'target'} {target} {options}")]
 

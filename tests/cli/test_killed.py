@@ -110,7 +110,7 @@ def killed_apply(host: Host, policy: str, victim: int | None) -> tuple[int, int]
     return ran.code, int((folder / "count").read_text(encoding="ascii"))
 
 
-@pytest.mark.parametrize(("backend", "moments"), [("nftables", 5), ("iptables-nft", 9), ("iptables-legacy", 9)])
+@pytest.mark.parametrize(("backend", "moments"), [("nftables", 5), ("iptables-nft", 9), ("iptables-legacy", 4)])
 def test_killed_between_programs(tmp_path: Path, netns: str, backend: str, moments: int) -> None:
     """Dying right after any of the last programs that an apply runs leaves nothing between the old policy and the new one.
 

@@ -279,7 +279,7 @@ class TestByHand:
 
     TYPED = (
         ("-s 192.0.2.0/24 ! -i eth1 -p tcp --dport 22:23 -j ACCEPT", 4),
-        ("-p udp ! --dport 5060 -m state --state NEW,RELATED -j REJECT", 4),
+        ("-p udp ! --dport 5060 -m state --state NEW,RELATED -j REJECT --reject-with icmp-admin-prohibited", 4),
         ("! -s 192.0.2.1 -m set ! --match-set fwc-block4 src -j RETURN", 4),
         ("-p icmp --icmp-type echo-request -j ACCEPT", 4),
         ("-p icmp --icmp-type any -j DROP", 4),
@@ -318,6 +318,7 @@ class TestByHand:
         "-p tcp -m multiport --dports 22,80:90 -j ACCEPT",
         "-i eth+ -j ACCEPT",
         "-p tcp --syn -j REJECT --reject-with tcp-reset",
+        "-p udp -j REJECT",
         "-p icmp --icmp-type 3/4 -j ACCEPT",
         "! -f -j NFLOG --nflog-group 3",
         "-m comment --comment '-j ACCEPT' -m mac --mac-source 00:11:22:33:44:55 -j DROP",

@@ -13,7 +13,7 @@ from cli.harness import BACKENDS, POLICY, Host
 
 from fwcompiler.state import KEEP
 
-APPLIES = {"nftables": 200, "iptables-nft": 60, "iptables-legacy": 60}
+APPLIES = {"nftables": 200, "iptables-nft": 40, "iptables-legacy": 40}
 OTHER = POLICY.replace("198.51.100.16/28", "198.51.100.16/28, 203.0.113.128/26").replace("rtp: {from: anywhere}", "wss: {from: [agents]}")
 OWN = re.compile(r"^(?:\s*(?:chain|set|counter) \S+ \{|:FWC-\S+|create fwc-\S+)", re.M)
 
