@@ -170,6 +170,17 @@ class Edge(_Model):
     )
 
 
+Rate = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,5}/(s|m|h|second|minute|hour)( burst [0-9]{1,5})?$")]
+Dscp = Annotated[
+    Annotated[str, Tag("<name>")] | Annotated[int, Tag("<number>"), Field(ge=0, le=63)],
+    Discriminator(
+        lambda v: {str: "<name>", int: "<number>"}.get(type(v)),
+        custom_error_type="dscp",
+        custom_error_message="a class as in `cs3` or `ef`, or a number",
+    ),
+]
+
+
 class ServiceEntry(_Model):
     """Who may reach one service."""
 
@@ -204,16 +215,6 @@ class ServiceEntry(_Model):
     )
     dscp: Dscp | None = Field(default=None, description="Mark for what this host sends from the service's ports: `ef`, `cs3`, `46`.")
 
-
-Rate = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,5}/(s|m|h|second|minute|hour)( burst [0-9]{1,5})?$")]
-Dscp = Annotated[
-    Annotated[str, Tag("<name>")] | Annotated[int, Tag("<number>"), Field(ge=0, le=63)],
-    Discriminator(
-        lambda v: {str: "<name>", int: "<number>"}.get(type(v)),
-        custom_error_type="dscp",
-        custom_error_message="a class as in `cs3` or `ef`, or a number",
-    ),
-]
 
 Sources = Annotated[
     Annotated[str, Tag("<one>")] | Annotated[list[str], Tag("<several>"), Field(min_length=1)],

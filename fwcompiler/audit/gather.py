@@ -35,7 +35,7 @@ from fwcompiler.diagnostics import Failure, Finding, PolicyRejected, UsageError
 from fwcompiler.guard import SSH, Visitor, judge, ssh_ports, visitors
 from fwcompiler.kernel import hostfacts, sockets, web
 from fwcompiler.kernel.netns import Namespace
-from fwcompiler.neighbours import Meddling, meddling, read_host
+from fwcompiler.neighbours import ON_THE_WAY, Meddling, meddling, read_host
 from fwcompiler.pipeline import Compiled, Host, plan
 from fwcompiler.plan import Plan
 from fwcompiler.ports import PROTOCOLS
@@ -253,6 +253,9 @@ class _Gatherer:
         if live is None or host is None:
             return ()
         whole = self._try("rules of others", lambda: read_host(host, live))
+        if whole:
+            passing = (ON_THE_WAY,) if self._policy.edge and not whole.alone_on_the_way else ()
+            self.left_out += [*(f"rules of others: {what}" for what in whole.unread), *passing]
         try:
             found = meddling(whole) if whole else ()
             return tuple({each.by: str(each) for each in reversed(found) if not _is_told(each, handed_on)}.values())

@@ -164,12 +164,13 @@ def _service(policy: Resolved, service: ResolvedService) -> Iterator[Clause]:
             for group in policy.named:
                 yield _accept(policy, service, group, f"{group} is never limited")
             yield replace(_over(service, limit), reason=f"{name} takes at most {limit} from each source that no service names")
-        what = f"{name} is open to anywhere" + (f" ({service.expose})" if service.expose else "")
+        what = f"{name} is open to anywhere" + (f", up to {limit} from each source" if limit else "")
+        what += f" ({service.expose})" if service.expose else ""
         yield Clause("accept", what, name, at, ports=service.ports)
         return
     for group in sorted(service.groups, key=lambda g: service.options.limit(g) is not None):
-        accepted = _accept(policy, service, group, f"{name} names the source")
         limit = service.options.limit(group)
+        accepted = _accept(policy, service, group, f"{name} names the source" + (f", up to {limit}" if limit else ""))
         if limit:
             over = _over(service, limit)
             yield replace(over, source=accepted.source, groups=accepted.groups, dynamic=accepted.dynamic)

@@ -119,6 +119,16 @@ def test_the_reason(source: str, to: str, service: str | None, line: int | None,
     assert words in found.reason
 
 
+def test_a_limit_is_mentioned() -> None:
+    """Who may send so much and no more is told how much; carriers are not limited, and nothing is said of it."""
+    text = POLICY.replace("[carriers, agents]}", "[carriers, agents], limit: {agents: 50/s burst 200}}")
+    text = text.replace("rtp: {from: anywhere}", "rtp: {from: anywhere, limit: {anywhere: 100/s}}")
+
+    assert "sip names the source, up to 50 a second, 200 at once: 203.0.113.7 is in agents" in ask("203.0.113.7", "udp/5060", text).reason
+    assert "sip names the source: 198.51.100.17 is in carriers" in ask("198.51.100.17", "udp/5060", text).reason
+    assert ask("8.8.8.8", "udp/10000", text).reason == "rtp is open to anywhere, up to 100 a second, 100 at once from each source"
+
+
 def test_dynamic_members_are_mentioned() -> None:
     """A stranger may be a dynamic member for all the policy knows, and is told so."""
     assert any("dynamic members of agents" in step for step in ask("8.8.8.8", "udp/5060").steps)
