@@ -13,7 +13,7 @@ from fwcompiler.proof.atoms import Atoms, cut
 from fwcompiler.proof.beyond import Beyond
 from fwcompiler.proof.fields import ECHO_REQUEST
 from fwcompiler.proof.program import Outcome, Point, Program, sets_of
-from fwcompiler.ruleset import BUILT_IN, PortIn, ProtocolIs, Ruleset
+from fwcompiler.ruleset import BUILT_IN, InSet, PortIn, ProtocolIs, Ruleset
 
 LOOPBACK_ADDRESSES = Addresses((LOOPBACK[4],), (LOOPBACK[6],))
 SENDERS = EVERYONE - LOOPBACK_ADDRESSES
@@ -82,7 +82,8 @@ def compare(before: Ruleset, after: Ruleset) -> AccessChange:
 def where_they_differ(before: Ruleset, after: Ruleset) -> tuple[Ruleset, Ruleset]:
     """Both with the sets cut down to addresses that some set treats otherwise than before.
 
-    Only where the rules are the same: then whatever all sets treat as before fares as before.
+    Only where the rules are the same: then whatever all sets treat as before fares as before. Sets of destinations, an edge's own
+    addresses for one, stay as they are: sources are what is cut down.
     """
     if before.chains != after.chains:
         return before, after
@@ -94,9 +95,12 @@ def where_they_differ(before: Ruleset, after: Ruleset) -> tuple[Ruleset, Ruleset
             for only in difference(was, now):
                 changed[key[1]].update(only)
     within = {version: merged(ranges) for version, ranges in changed.items()}
+    arriving = (r for c in before.chains if c.hook is None or c.hook.name != "output" for r in c.rules)
+    kept = {m.set for r in arriving for m in r.matches if isinstance(m, InSet) and m.side == "destination"}
 
     def cut_down(ruleset: Ruleset) -> Ruleset:
-        return replace(ruleset, sets=tuple(replace(s, ranges=intersect(s.ranges, within[s.version])) for s in ruleset.sets))
+        sets = (s if s.name in kept else replace(s, ranges=intersect(s.ranges, within[s.version])) for s in ruleset.sets)
+        return replace(ruleset, sets=tuple(sets))
 
     return cut_down(before), cut_down(after)
 
