@@ -71,7 +71,7 @@ def end_astray(gained: Iterable[Access], namespace: Namespace) -> str:
     A translation is chosen with a flow's first packet. One that is older than the rules keeps what it began with, and UDP that
     never pauses, a carrier's keep-alive for one, would not arrive for ever.
     """
-    handed_on = [a for a in gained if a.at and ":" not in a.at and a.to.startswith("udp/")]
+    handed_on = [a for a in gained if a.at and not a.direct and ":" not in a.at and a.to.startswith("udp/")]
     if not handed_on:
         return ""
     try:

@@ -61,6 +61,8 @@ def access_json(access: Access) -> AccessShape:
     shape: AccessShape = {"from": access.sources(), "to": access.to, "service": access.service}
     if access.at:
         shape["at"] = access.at
+    if access.direct:
+        shape["direct"] = True
     return shape
 
 
@@ -261,13 +263,13 @@ def access_lines(
     now, held = _groups(policy) or (_groups_in(wanted) if wanted else {}), _groups_in(live) if live else {}
     groups = {**held, **{name: each for name, each in now.items() if name not in held}}
     whole = {name: each for name, each in groups.items() if each.includes(now.get(name, NOBODY))}
-    together: dict[tuple[str, str | None, tuple[str, ...], str], list[str]] = {}
+    together: dict[tuple[str, str | None, tuple[str, ...], str, bool], list[str]] = {}
     for part in parts:
         who = _who(part, policy, whole)
         inside = "" if who in whole else _inside(part, groups)
-        together.setdefault((f"{inside}{sign} {who}", part.service, part.depends, part.at), []).append(part.to)
-    for (who, service, depends, at), ports in together.items():
-        where = f" of {_host_name(at, policy)}" if at else ""
+        together.setdefault((f"{inside}{sign} {who}", part.service, part.depends, part.at, part.direct), []).append(part.to)
+    for (who, service, depends, at, direct), ports in together.items():
+        where = f" of {_host_name(at, policy)}{', sent there directly' if direct else ''}" if at else ""
         on = f"; it depends on {_cut('; '.join(depends))}" if depends else ""
         yield f"{who} {may} {service + ' ' if service else ''}{', '.join(ports)}{where}{on}"
 

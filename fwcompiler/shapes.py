@@ -28,10 +28,13 @@ class CheckShape(TypedDict):
     left_out: list[str]
 
 
-AccessShape = TypedDict("AccessShape", {"from": list[str], "to": str, "service": str | None, "at": NotRequired[str]})
+AccessShape = TypedDict(
+    "AccessShape", {"from": list[str], "to": str, "service": str | None, "at": NotRequired[str], "direct": NotRequired[Literal[True]]}
+)
 """`from`: prefixes, ranges `a-b` or `anywhere`; `to`: a protocol with a port or range; `service`: None for none of the policy.
 
-`at`: the address behind an edge that is reached; left out where it is the host itself."""
+`at`: the address behind an edge that is reached, a range of them, or in words all that no rule names; left out where it is the host
+itself. `direct`: by sending to that address, past the edge's NAT."""
 
 
 UncertainShape = TypedDict(

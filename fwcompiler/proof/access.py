@@ -10,7 +10,7 @@ from fwcompiler.addresses import EVERYONE, LOOPBACK, Addresses, Range, address_t
 from fwcompiler.contents import difference
 from fwcompiler.ports import PROTOCOLS, WITH_PORTS, port_text
 from fwcompiler.proof.atoms import Atoms, cut
-from fwcompiler.proof.beyond import Beyond
+from fwcompiler.proof.beyond import Beyond, direct_places
 from fwcompiler.proof.fields import ECHO_REQUEST
 from fwcompiler.proof.program import Outcome, Point, Program, sets_of
 from fwcompiler.ruleset import BUILT_IN, InSet, PortIn, ProtocolIs, Ruleset
@@ -27,7 +27,7 @@ class Access:
     """Sources that may open one range of ports of one protocol, through one service.
 
     `depends`: what else rules ask that decides whether they may; where there is nothing, it is certain. `at`: the address behind
-    an edge that they reach; empty for the host itself.
+    an edge that they reach; empty for the host itself. `direct`: by sending to that address, not to the edge's own.
     """
 
     addresses: Addresses
@@ -35,6 +35,7 @@ class Access:
     service: str | None
     depends: tuple[str, ...] = ()
     at: str = ""
+    direct: bool = False
 
     @property
     def is_anywhere(self) -> bool:
@@ -65,6 +66,7 @@ def compare(before: Ruleset, after: Ruleset) -> AccessChange:
     atoms = cut([*sets_of(before), *sets_of(after)])
     old, new = Program(before, atoms), Program(after, atoms)
     behind, behind_now = Beyond(before, atoms), Beyond(after, atoms)
+    past_nat = direct_places((before, behind), (after, behind_now))
     gained: list[Part] = []
     lost: list[Part] = []
     for protocol, low, high, point in points(before, after):
@@ -75,6 +77,12 @@ def compare(before: Ruleset, after: Ruleset) -> AccessChange:
             was, now = behind.outcome(point, place), behind_now.outcome(point, place)
             gained += parts((protocol, low, high, address_text(*place)), now, was)
             lost += parts((protocol, low, high, address_text(*place)), was, now)
+        for direct in past_nat:
+            where = (protocol, low, high, f"{direct[2]}{DIRECT}")
+            was, now = behind.directly(point, direct), behind_now.directly(point, direct)
+            had, has = (each.outcome(point, direct[:2]).accepts() for each in (behind, behind_now))
+            gained += parts(where, _less(now, has & ~had), was)
+            lost += parts(where, _less(was, had & ~has), now)
     found = (tuple(described(list(of_family(each, atoms)), atoms)) for each in (gained, lost))
     return AccessChange(*found)
 
@@ -107,6 +115,13 @@ def where_they_differ(before: Ruleset, after: Ruleset) -> tuple[Ruleset, Ruleset
 
 Part = tuple[str, int, int, str, str, int]
 """Protocol, first and last port, address behind an edge, service, classes of sources."""
+DIRECT = " directly"
+"""Ends the address of a part that is about packets past NAT."""
+
+
+def _less(outcome: Outcome, mask: int) -> Outcome:
+    """An outcome without what is told already: gained or lost by the edge's address as well."""
+    return Outcome({service: own & ~mask for service, own in outcome.accepted.items()})
 
 
 def of_family(found: Iterable[Part], atoms: Atoms) -> Iterator[Part]:
@@ -180,4 +195,5 @@ def described(found: list[Part], atoms: Atoms) -> Iterator[Access]:
         if mask not in cache:
             cache[mask] = atoms.addresses(mask)
         to = f"{protocol}/{port_text((low, high))}" if protocol in WITH_PORTS else protocol
-        yield Access(cache[mask], to, None if service in BUILT_IN else service or None, at=at)
+        name = None if service in BUILT_IN else service or None
+        yield Access(cache[mask], to, name, at=at.removesuffix(DIRECT), direct=at.endswith(DIRECT))

@@ -2,6 +2,9 @@
 
 A place is an address behind the edge. IPv4 places are where the edge's own address is sent on to; others are what the forward
 rules name. Packets come in at the wan and leave at the lan, which the rules themselves say.
+
+Whoever has a route can also send to what stands behind by its own address, past the edge's NAT. What is let in so and not by the
+edge's address is told apart, for addresses that rules name and for one that stands for all others.
 """
 
 from __future__ import annotations
@@ -9,14 +12,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from fwcompiler.addresses import LAST, address_text, covers, merged, range_text
 from fwcompiler.proof.atoms import Atoms
 from fwcompiler.proof.program import Outcome, Point, Program
 from fwcompiler.ruleset import Chain, Final, Goto, Hook, InRanges, InSet, Interface, Rule, Ruleset, Translate
 
 INBOUND = "inbound"
 """The chain for what comes from wan to lan."""
+OTHERS = {4: "other IPv4 addresses behind", 6: "other IPv6 addresses behind"}
+_FIRST_OTHER = {4: 0xC6120000, 6: 0x2001_0002 << 96}
+"""Where an address is looked for that no rule names (RFC 2544 and RFC 5180: kept for benchmarks)."""
 Place = tuple[int, int]
 """Family and address."""
+Direct = tuple[int, int, str]
+"""Family, an address, and what it stands for in words: itself, a range that a rule names, or all addresses that none does."""
 
 
 class Beyond:
@@ -41,6 +50,14 @@ class Beyond:
         accepted = self._nat.run(replace(point, interface=self._wan, destination=(4, self._own))).accepted
         return {a: mask for a in self._sent if (mask := accepted.get(_label(a), 0))}
 
+    def directly(self, point: Point, place: Direct) -> Outcome:
+        """What becomes of packets that are sent to an address behind, not to the edge's own."""
+        if not self._wan:
+            return Outcome()
+        passed = self._forward.run(replace(point, interface=self._wan, destination=place[:2]))
+        family = self._atoms.family(place[0])
+        return Outcome({service: mask & family for service, mask in passed.accepted.items() if mask & family})
+
     def outcome(self, point: Point, place: Place) -> Outcome:
         """What becomes of packets that go to a place."""
         if place not in self.places:
@@ -53,11 +70,34 @@ class Beyond:
 
 def _destinations(ruleset: Ruleset) -> Iterator[Place]:
     """Single addresses that the rules for what comes in name as destinations."""
+    for m in _named_destinations(ruleset):
+        if len(m.ranges) == 1 and m.ranges[0][0] == m.ranges[0][1]:
+            yield m.version, m.ranges[0][0]
+
+
+def _named_destinations(ruleset: Ruleset) -> Iterator[InRanges]:
     for chain in ruleset.chains:
-        for rule in chain.rules if chain.name == INBOUND else ():
-            for m in rule.matches:
-                if isinstance(m, InRanges) and m.side == "destination" and len(m.ranges) == 1 and m.ranges[0][0] == m.ranges[0][1]:
-                    yield m.version, m.ranges[0][0]
+        for rule in chain.rules if chain.name == INBOUND or (chain.hook and chain.hook.name == "forward") else ():
+            yield from (m for m in rule.matches if isinstance(m, InRanges) and m.side == "destination")
+
+
+def direct_places(*edges: tuple[Ruleset, Beyond]) -> tuple[Direct, ...]:
+    """Where packets may be sent past NAT that `Beyond.places` does not say already; none where nothing is an edge."""
+    if not any(beyond.places for _, beyond in edges):
+        return ()
+    matches = dict.fromkeys(m for ruleset, _ in edges for m in _named_destinations(ruleset))
+    named = {version: merged(r for m in matches if m.version == version for r in m.ranges) for version in (4, 6)}
+    found: dict[str, Direct] = {}
+    for _, beyond in edges:
+        found |= {address_text(*place): (*place, address_text(*place)) for place in beyond.places if place[0] == 4}
+    for m in matches:
+        for low, high in m.ranges if not m.negated else ():
+            if low != high:
+                found[range_text(m.version, (low, high))] = (m.version, high, range_text(m.version, (low, high)))
+    for version in (4, 6):
+        nobody = next(a for a in range(_FIRST_OTHER[version], LAST[version]) if not covers(named[version], a))
+        found[OTHERS[version]] = (version, nobody, OTHERS[version])
+    return tuple(found.values())
 
 
 def _way(ruleset: Ruleset) -> tuple[str, str] | None:
