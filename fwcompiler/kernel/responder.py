@@ -28,6 +28,8 @@ MAX_OPEN = 4096
 MAX_TOKEN = 16_384
 """Bytes of a challenge's content that are passed on; a key authorization has about 90."""
 UPSTREAM_TIMEOUT = 5.0
+MOST_ASKED = 32
+"""Challenges that the web server is asked for at once: it is not to be flooded by way of us, and every one takes a descriptor."""
 BACKLOG = 1024
 """Connections that may wait to be taken in."""
 _LISTEN_FDS_START = 3  # sd_listen_fds(3)
@@ -45,6 +47,7 @@ class Responder:
     max_open: int = MAX_OPEN
     waiting: dict[_Connection, None] = field(default_factory=dict)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    asked: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_ASKED))
 
     def opened(self, connection: _Connection) -> None:
         """Make room for a connection: the oldest goes where there is none."""
@@ -60,7 +63,7 @@ class Responder:
         if self.web_server is None:
             return Answer(404)
         try:
-            async with asyncio.timeout(UPSTREAM_TIMEOUT):
+            async with asyncio.timeout(UPSTREAM_TIMEOUT), self.asked:
                 return challenge_answer(await _ask(self.web_server, challenge_request(asked)), head_only=asked.head_only)
         except (OSError, TimeoutError):
             return Answer(502, head_only=asked.head_only)
@@ -153,7 +156,7 @@ class _Connection(asyncio.Protocol):
         if self._transport is None:
             return
         self._transport.write(found.encode())
-        if self._transport.can_write_eof():
+        with suppress(OSError):  # the client has gone meanwhile
             self._transport.write_eof()
         if self._timer is not None:
             self._timer.cancel()

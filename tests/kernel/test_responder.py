@@ -12,11 +12,13 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import kernelspace
 import pytest
+
+from fwcompiler.kernel.responder import MOST_ASKED
 
 FWC = str(Path(sys.executable).with_name("fwc"))
 PORT = 8880
@@ -197,6 +199,39 @@ def test_challenges_from_the_web_server(tmp_path: Path) -> None:
         finally:
             server.kill()
             server.wait()
+
+
+@pytest.mark.usefixtures("inside")
+def test_clients_that_do_not_wait_for_their_answer(capfd: pytest.CaptureFixture[str]) -> None:
+    """Who asks and is gone leaves nothing behind, in the log as little as in memory."""
+    with running() as process:
+        for _ in range(100):
+            with socket.create_connection(("127.0.0.1", PORT), 10) as asking:
+                asking.sendall(b"GET /.well-known/acme-challenge/token HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert ask().startswith(b"HTTP/1.1 301 ")
+        _wait(lambda: len(list(Path(f"/proc/{process.pid}/fd").iterdir())) < 20)
+
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.usefixtures("inside")
+def test_the_web_server_is_not_flooded_with_challenges() -> None:
+    """However many ask for tokens: the web server, which says nothing here, is asked for a few at once, and others get their answer."""
+    with ExitStack() as held:
+        silent = held.enter_context(socket.create_server(("127.0.0.1", 8081), backlog=512))
+        held.enter_context(running("--acme-server", "127.0.0.1:8081"))
+        for _ in range(200):
+            asking = held.enter_context(socket.create_connection(("127.0.0.1", PORT), 10))
+            asking.sendall(b"GET /.well-known/acme-challenge/token HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert ask().startswith(b"HTTP/1.1 301 ")
+        silent.settimeout(0.5)
+        came = 0
+        with suppress(TimeoutError):
+            while True:
+                held.enter_context(silent.accept()[0])
+                came += 1
+
+    assert 0 < came <= MOST_ASKED
 
 
 @pytest.mark.usefixtures("inside")
