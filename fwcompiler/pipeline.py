@@ -274,7 +274,21 @@ def plan(compiled: Compiled, host: Host, *, proof: bool = True) -> tuple[Plan, N
     now = time.time()
     filled = with_members(wanted.ruleset, Journal(host.state.path).standing(now), now)
     made = replace(make_plan(host.backend, live, filled), replaces=before.name if before else "", seen=seen)
-    return made if made.in_sync else replace(made, edited=edited(host, live, known)), wanted
+    if made.in_sync:
+        return made, wanted
+    notes = (*made.notes, *(_dropped_for_others(live) if compiled.resolved.edge is None else ()))
+    return replace(made, edited=edited(host, live, known), notes=notes), wanted
+
+
+def _dropped_for_others(live: Ruleset) -> Iterator[str]:
+    """What somebody made our rules do to packets that are for another host, which no comparison of access is about."""
+    from fwcompiler.proof.bystanders import touched
+    from fwcompiler.proof.diagram import StepsExceeded
+
+    try:
+        yield from (f"{each.packets}: our rules as they are {each.kernel.replace('drops', 'drop', 1)}" for each in touched(live))
+    except StepsExceeded:
+        yield "our rules as they are perhaps drop packets for another host"
 
 
 def edited(host: Host, live: Ruleset, known: Mapping[str, Ranges]) -> tuple[str, ...]:

@@ -53,9 +53,15 @@ def test_verify_finds_it_in_the_kernel(tmp_path: Path, netns: str, backend: str)
         host.run("nft", "add rule inet fwc early.sip drop")
     else:
         host.iptables("-t", "raw", "-A", "FWC-e.sip", "-j", "DROP")
-    ran = host.fwc("verify", host.write(BLOCKING))
+    policy = host.write(BLOCKING)
+    ran = host.fwc("verify", policy)
 
     assert ran.code == 1, ran
     assert "to udp/5060" in ran.out.splitlines()[0]
     assert ran.out.splitlines()[0].endswith(", for another host")
     assert "the policy: accept: they are for another host" in ran.out
+    assert any(
+        "for another host: our rules as they are drop them in chain " in note for note in host.fwc("diff", policy, "--json").json["notes"]
+    )
+    host.apply(BLOCKING)
+    assert host.fwc("verify", policy).code == 0
