@@ -9,12 +9,17 @@ from __future__ import annotations
 import http.client
 import socket
 import ssl
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from urllib.parse import urlsplit
 
 from fwcompiler.diagnostics import Unavailable, UsageError
 
 TIMEOUT = 5.0
+"""Seconds for each wait."""
+WHOLE = 10.0
+"""Seconds for a connection: a server that says one byte now and then would keep us for hours."""
 MOST_HOPS = 6
 
 
@@ -83,7 +88,7 @@ def _chain(address: str, port: int, name: str) -> tuple[bytes, ...]:
     context.verify_mode = ssl.CERT_NONE
     # What an old server shows is what is asked here, not whether it should talk like that.
     context.set_ciphers("DEFAULT:@SECLEVEL=0")
-    with socket.create_connection((address, port), timeout=TIMEOUT) as plain, context.wrap_socket(plain, server_hostname=name) as channel:
+    with _connection(address, port) as plain, context.wrap_socket(plain, server_hostname=name) as channel:
         whole: Callable[[], list[bytes]] | None = getattr(channel, "get_unverified_chain", None)  # Python 3.13
         leaf = channel.getpeercert(binary_form=True)
         return tuple(whole()) if whole is not None else (leaf,) if leaf else ()
@@ -96,8 +101,26 @@ def _shake(address: str, port: int, name: str, authority: str | None) -> None:
     context.set_ciphers("DEFAULT:@SECLEVEL=0")
     if authority:
         context.load_verify_locations(authority)
-    with socket.create_connection((address, port), timeout=TIMEOUT) as plain, context.wrap_socket(plain, server_hostname=name):
+    with _connection(address, port) as plain, context.wrap_socket(plain, server_hostname=name):
         pass
+
+
+@contextmanager
+def _connection(address: str, port: int) -> Iterator[socket.socket]:
+    """A connection that ends after `WHOLE` seconds, wherever the talk is by then. TLS takes over the socket, so a second one ends it."""
+    with socket.create_connection((address, port), timeout=TIMEOUT) as made, made.dup() as same:
+
+        def end() -> None:
+            with suppress(OSError):
+                same.shutdown(socket.SHUT_RDWR)
+
+        timer = threading.Timer(WHOLE, end)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield made
+        finally:
+            timer.cancel()
 
 
 def http_hops(address: str, port: int, name: str) -> tuple[tuple[tuple[str, int, str], ...], str]:
@@ -130,14 +153,13 @@ def _here(target: str, port: int) -> tuple[str, str] | None:
 
 
 def _get(address: str, port: int, host: str, path: str) -> tuple[int, str]:
-    connection = http.client.HTTPConnection(address, port, timeout=TIMEOUT)
-    try:
+    with _connection(address, port) as made:
+        connection = http.client.HTTPConnection(address, port)
+        connection.sock = made
         connection.putrequest("GET", path, skip_host=True, skip_accept_encoding=True)
         connection.putheader("Host", host)
         connection.putheader("User-Agent", "fwc-audit")
         connection.putheader("Connection", "close")
         connection.endheaders()
-        answer = connection.getresponse()
-        return answer.status, answer.getheader("Location") or ""
-    finally:
-        connection.close()
+        with connection.getresponse() as answer:
+            return answer.status, answer.getheader("Location") or ""
