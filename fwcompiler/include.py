@@ -31,6 +31,8 @@ def _load(path: str, report: Report, at: Position | None, above: tuple[str, ...]
     if document is None or not isinstance(document.data, dict):
         return document
     included = [_load(p, report, where, (*above, identity)) for p, where in _includes(document)]
+    if not included:
+        return document
     base = Document(document.file, {})
     for other in included:
         if other is not None and isinstance(other.data, dict):
