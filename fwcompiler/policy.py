@@ -211,7 +211,9 @@ class ServiceEntry(_Model):
         description="What each source of a group may send, as in `{agents: 50/s burst 200}`; `anywhere`: whom no service names.",
     )
     conntrack: Literal["track", "bypass"] = Field(
-        default="track", description="rtp only: `bypass` keeps the media out of connection tracking, both ways."
+        default="track",
+        description="rtp only: `bypass` keeps the media out of connection tracking, both ways; what is only forwarded to these ports "
+        "too, so not beside containers that send to them.",
     )
     dscp: Dscp | None = Field(default=None, description="Mark for what this host sends from the service's ports: `ef`, `cs3`, `46`.")
 
