@@ -13,7 +13,7 @@ from fwcompiler.diagnostics import HostRefused, RolledBack
 from fwcompiler.dynamic import reconcile
 from fwcompiler.guard import who_may_log_in
 from fwcompiler.kernel import netns, runner
-from fwcompiler.pipeline import Compiled, Host, NormalForm, disproof, list_sizes, observe
+from fwcompiler.pipeline import Compiled, Host, NormalForm, disproof, list_sizes, observe, put_back
 from fwcompiler.plan import Plan, make_plan
 from fwcompiler.records import Generation, Note, Record, Trial
 from fwcompiler.registry import load
@@ -238,13 +238,6 @@ def _return(plan: Plan, host: Host) -> None:
     except HostRefused as refused:
         said = refused.message.removesuffix(runner.UNCHANGED)
         raise HostRefused(f"THE NEW RULES ARE IN FORCE: putting back the old ones failed: {said}", hint="look at `fwc status`") from refused
-
-
-def put_back(now: Ruleset, before: Ruleset, host: Host) -> None:
-    """Return from `now` to `before`, both as observed."""
-    steps = make_plan(host.backend, now, before).steps if before else tuple(host.backend.remove(now))
-    with host.namespace.entered():
-        runner.execute(steps)
 
 
 def _take_out(backend: Backend, namespace: netns.Namespace) -> bool:

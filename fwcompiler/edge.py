@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import TYPE_CHECKING
 
 from fwcompiler.addresses import AddressError, Addresses, Range, Ranges, intersect, merged, parse_entry, subtract
 from fwcompiler.catalogue import CATALOGUE
@@ -17,10 +16,8 @@ from fwcompiler.diagnostics import Position, Report, did_you_mean
 from fwcompiler.fleet import PORTS, ResolvedHost
 from fwcompiler.policy import Edge, Policy, RtpPlan
 from fwcompiler.ports import Ports, port_text
+from fwcompiler.service import ResolvedService, udp_spans
 from fwcompiler.source import Document, KeyPath
-
-if TYPE_CHECKING:
-    from fwcompiler.resolve import ResolvedService
 
 SIP = ("sip", "sip-tcp", "sips")
 """Signalling from outside goes to one dialer, whatever it is carried by."""
@@ -100,13 +97,6 @@ class ResolvedEdge:
     def reserved(self) -> Ranges:
         """UDP ports of the edge's address that belong to one host each."""
         return merged(span for f in self.forwards for span in udp_spans(f.service))
-
-
-def udp_spans(service: ResolvedService) -> Iterator[Range]:
-    """The UDP ports of a service."""
-    for ports in service.ports:
-        if ports.protocol == "udp":
-            yield from ports.ranges
 
 
 def read_plan(policy: Policy, hosts: Mapping[str, ResolvedHost], document: Document, report: Report) -> EdgePlan | None:

@@ -22,7 +22,7 @@ from fwcompiler.proof.meaning import Explanation
 from fwcompiler.proof.memberaccess import SUFFIX
 from fwcompiler.proof.trace import Decision, trace, trace_through
 from fwcompiler.report import explain_json
-from fwcompiler.resolve import Resolved
+from fwcompiler.resolved import Resolved
 from fwcompiler.ruleset import BUILT_IN, Ruleset, State
 
 if TYPE_CHECKING:

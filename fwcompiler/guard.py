@@ -21,7 +21,7 @@ from fwcompiler.ruleset import Ruleset
 if TYPE_CHECKING:
     from fwcompiler.kernel.netns import Namespace
     from fwcompiler.pipeline import Compiled
-    from fwcompiler.resolve import Resolved
+    from fwcompiler.resolved import Resolved
 
 SSH = "ssh"
 STANDARD = ((22, 22),)

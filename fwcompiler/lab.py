@@ -18,7 +18,7 @@ from fwcompiler.kernel.labnet import Network, network
 from fwcompiler.kernel.labprobe import Arrival
 from fwcompiler.lab_plan import LabPlan, Trial, plan_lab
 from fwcompiler.proof.edge import explain_packet
-from fwcompiler.resolve import Resolved
+from fwcompiler.resolved import Resolved
 
 if TYPE_CHECKING:
     from fwcompiler.backend import Backend

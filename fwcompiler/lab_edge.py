@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from fwcompiler.addresses import Addresses, covers
-from fwcompiler.edge import PRIVATE, RTP, SIP, udp_spans
+from fwcompiler.edge import PRIVATE, RTP, SIP
 from fwcompiler.fleet import ResolvedHost
 from fwcompiler.kernel.labnet import Router, Station
 from fwcompiler.kernel.labprobe import Probe
@@ -30,7 +30,8 @@ from fwcompiler.lab_plan import (
 from fwcompiler.ports import PROTOCOLS, port_text
 from fwcompiler.proof.edge import Passed, departures, follow
 from fwcompiler.proof.fields import ECHO_REQUEST, Packet
-from fwcompiler.resolve import Resolved
+from fwcompiler.resolved import Resolved
+from fwcompiler.service import udp_spans
 
 PAST = "(past the plan)"
 """Straight to a host behind, at a port that is not that host's."""

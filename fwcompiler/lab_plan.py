@@ -12,7 +12,8 @@ from fwcompiler.ports import LAST as LAST_PORT
 from fwcompiler.ports import PROTOCOLS, WITH_PORTS
 from fwcompiler.proof.fields import ECHO_REQUEST, Packet
 from fwcompiler.proof.meaning import Clause, clauses
-from fwcompiler.resolve import Resolved, ResolvedService
+from fwcompiler.resolved import Resolved
+from fwcompiler.service import ResolvedService
 
 FAMILIES = (4, 6)
 STRANGER = "internet"

@@ -13,7 +13,7 @@ from fwcompiler.diagnostics import Position, Report
 from fwcompiler.edge import LOCAL_PORTS
 from fwcompiler.lint_egress import lint_egress
 from fwcompiler.lint_groups import covered_groups, entry_at
-from fwcompiler.resolve import Resolved, ResolvedGroup
+from fwcompiler.resolved import Resolved, ResolvedGroup
 from fwcompiler.source import Document
 
 MAX_NAMED = 3

@@ -10,7 +10,8 @@ from fwcompiler.egress import Outlet, ResolvedEgress
 from fwcompiler.lint_groups import covered_groups, entry_at
 from fwcompiler.options import NEVER_LIMITED
 from fwcompiler.ports import Ports, overlap
-from fwcompiler.resolve import Resolved, ResolvedService
+from fwcompiler.resolved import Resolved
+from fwcompiler.service import ResolvedService
 from fwcompiler.source import Document, KeyPath
 
 DNS, NTP = Ports("udp", ((53, 53),)), Ports("udp", ((123, 123),))

@@ -7,7 +7,7 @@ from itertools import permutations
 from typing import Any
 
 from fwcompiler.diagnostics import Position, Report
-from fwcompiler.resolve import Resolved
+from fwcompiler.resolved import Resolved
 from fwcompiler.source import Document, KeyPath
 
 

@@ -16,7 +16,7 @@ from fwcompiler.lower_edge import DESTINATIONS, edge_chains, edge_sets
 from fwcompiler.lower_egress import egress_chain
 from fwcompiler.options import ResolvedLimit
 from fwcompiler.ports import PROTOCOLS
-from fwcompiler.resolve import Resolved, ResolvedGroup, ResolvedService
+from fwcompiler.resolved import Resolved, ResolvedGroup
 from fwcompiler.ruleset import (
     AddressSet,
     Chain,
@@ -43,6 +43,7 @@ from fwcompiler.ruleset import (
     Untrack,
     redirected,
 )
+from fwcompiler.service import ResolvedService
 
 FAMILIES = (4, 6)
 RAW, MANGLE = -300, -150

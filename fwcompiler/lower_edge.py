@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 from fwcompiler.addresses import Range
-from fwcompiler.edge import Forward, ResolvedEdge, udp_spans
+from fwcompiler.edge import Forward, ResolvedEdge
 from fwcompiler.ports import PROTOCOLS
-from fwcompiler.resolve import Resolved
+from fwcompiler.resolved import Resolved
 from fwcompiler.ruleset import (
     AddressSet,
     Chain,
@@ -32,6 +32,7 @@ from fwcompiler.ruleset import (
     masqueraded,
     sent_on,
 )
+from fwcompiler.service import udp_spans
 
 DESTINATIONS, SOURCES = -100, 100
 """Priorities of NAT (include/uapi/linux/netfilter_ipv4.h: NF_IP_PRI_NAT_DST, NF_IP_PRI_NAT_SRC)."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from fwcompiler.addresses import MULTICAST
 from fwcompiler.egress import LABEL, PING, Outlet, ResolvedEgress
 from fwcompiler.ports import PROTOCOLS, Ports
-from fwcompiler.resolve import Resolved
+from fwcompiler.resolved import Resolved
 from fwcompiler.ruleset import (
     Chain,
     Family,

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     # Reading a policy is what costs time to import; going back to a recorded generation does without.
     from fwcompiler.policy import Policy
     from fwcompiler.proof.describe import CounterExample
-    from fwcompiler.resolve import Resolved
+    from fwcompiler.resolved import Resolved
     from fwcompiler.source import Document
 
 
@@ -241,6 +241,13 @@ def observe(host: Host, known: Mapping[str, Ranges] | None = None) -> Ruleset:
     big = any(len(ranges) > kernel.READ_WHOLE for ranges in known.values())
     with host.namespace.entered():
         return _filled(backend, backend.parse(runner.outputs(backend.listing(big=big))), known)
+
+
+def put_back(now: Ruleset, before: Ruleset, host: Host) -> None:
+    """Return from `now` to `before`, both as observed."""
+    steps = make_plan(host.backend, now, before).steps if before else tuple(host.backend.remove(now))
+    with host.namespace.entered():
+        runner.execute(steps)
 
 
 def _filled(backend: Backend, listed: Ruleset, known: Mapping[str, Ranges]) -> Ruleset:

@@ -13,7 +13,7 @@ from fwcompiler.proof.describe import packet_text
 from fwcompiler.proof.meaning import Explanation
 from fwcompiler.proof.memberaccess import MemberAccess
 from fwcompiler.proof.sending import Sending, SendingChange
-from fwcompiler.resolve import Resolved, ResolvedTest
+from fwcompiler.resolved import Resolved, ResolvedTest
 from fwcompiler.ruleset import Final, InSet, Ruleset
 
 if TYPE_CHECKING:

@@ -191,7 +191,8 @@ def minimal(who: Mapping[str, Any], members: Sequence[Event] = ()) -> Ruleset:
         LookupError, TypeError, ValueError: the record is damaged.
     """
     from fwcompiler.lower import lower
-    from fwcompiler.resolve import Resolved, ResolvedGroup, ResolvedService
+    from fwcompiler.resolved import Resolved, ResolvedGroup
+    from fwcompiler.service import ResolvedService
 
     at = Position("", 1)
     addresses = Addresses.of(*([(int(low), int(high)) for low, high in who[family]] for family in ("v4", "v6")))

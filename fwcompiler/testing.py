@@ -13,7 +13,7 @@ from fwcompiler.proof.edge import deliveries, passage
 from fwcompiler.proof.fields import ECHO_REQUEST
 from fwcompiler.proof.leaving import leaving
 from fwcompiler.proof.meaning import Clause, clauses
-from fwcompiler.resolve import Resolved, ResolvedTest
+from fwcompiler.resolved import Resolved, ResolvedTest
 
 Piece = tuple[Ranges, Addresses]
 """Ports and sources that go through the same clauses so far."""

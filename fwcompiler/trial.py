@@ -18,12 +18,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from fwcompiler import connections
-from fwcompiler.apply import put_back
 from fwcompiler.backend import Backend, Command
 from fwcompiler.diagnostics import Failure, HostRefused
 from fwcompiler.kernel import detached, runner, session
 from fwcompiler.members import Event, Journal, group_of, with_members
-from fwcompiler.pipeline import Host, applied, observe, recorded, target
+from fwcompiler.pipeline import Host, applied, observe, put_back, recorded, target
 from fwcompiler.plan import Plan, make_plan, with_static
 from fwcompiler.proof.access import compare
 from fwcompiler.proof.sending import compare_sending

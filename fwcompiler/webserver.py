@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fwcompiler.resolve import Resolved
+    from fwcompiler.resolved import Resolved
 
 APACHE = r"""# Apache: plain HTTP ends at HTTPS. Needs mod_rewrite. Leave no other <VirtualHost *:80> beside it.
 <VirtualHost *:80>

@@ -15,7 +15,8 @@ from fwcompiler.audit.facts import Facts
 from fwcompiler.audit.findings import Issue
 from fwcompiler.diagnostics import Position
 from fwcompiler.ports import port_text
-from fwcompiler.resolve import Resolved, ResolvedService
+from fwcompiler.resolved import Resolved
+from fwcompiler.service import ResolvedService
 
 SAMPLE_SECRETS = frozenset(
     ("1234", "mysecret", "amp111", "amp109", "secret", "secret5", "password", "admin", "asterisk", "changeme", "test", "manager", "ami")

@@ -10,7 +10,7 @@ from fwcompiler.addresses import Range
 from fwcompiler.asterisk import rtp_ports
 from fwcompiler.audit.facts import Facts
 from fwcompiler.ports import port_text
-from fwcompiler.resolve import Resolved
+from fwcompiler.resolved import Resolved
 
 Kind = Literal["public", "restricted", "asterisk", "local"]
 

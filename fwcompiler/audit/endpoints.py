@@ -10,7 +10,8 @@ from typing import Literal
 
 from fwcompiler.addresses import LOOPBACK, AddressError, Addresses, parse_address, parse_entry
 from fwcompiler.ports import FIRST, LAST
-from fwcompiler.resolve import Resolved, ResolvedService
+from fwcompiler.resolved import Resolved
+from fwcompiler.service import ResolvedService
 
 PRIVATE = Addresses.of(
     [

@@ -11,7 +11,8 @@ from fwcompiler.audit.endpoints import covering
 from fwcompiler.audit.facts import Facts
 from fwcompiler.audit.findings import Issue
 from fwcompiler.ports import port_text
-from fwcompiler.resolve import Resolved, ResolvedService
+from fwcompiler.resolved import Resolved
+from fwcompiler.service import ResolvedService
 
 if TYPE_CHECKING:
     from fwcompiler.kernel.sockets import Listener

@@ -10,7 +10,8 @@ from fwcompiler.audit.findings import Issue, of_policy
 from fwcompiler.diagnostics import Position
 from fwcompiler.kernel.hostfacts import Routing
 from fwcompiler.ports import port_text
-from fwcompiler.resolve import Resolved, ResolvedService
+from fwcompiler.resolved import Resolved
+from fwcompiler.service import ResolvedService
 
 NEARLY_FULL = 0.75
 LEAST_ROOM = 65_536

@@ -14,7 +14,8 @@ from fwcompiler.audit.endpoints import PRIVATE, Endpoint, covering, endpoint, it
 from fwcompiler.audit.facts import Facts
 from fwcompiler.audit.findings import Issue
 from fwcompiler.diagnostics import Position
-from fwcompiler.resolve import Resolved, ResolvedService
+from fwcompiler.resolved import Resolved
+from fwcompiler.service import ResolvedService
 
 SIP, SIPS = 5060, 5061
 SIP_SERVICES = ("sip", "sip-tcp", "sips")

@@ -27,7 +27,7 @@ from fwcompiler.proof.space import (
     Space,
 )
 from fwcompiler.proof.trace import Decision, trace
-from fwcompiler.resolve import Resolved
+from fwcompiler.resolved import Resolved
 from fwcompiler.ruleset import (
     STATES,
     AnyOf,

@@ -19,11 +19,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from fwcompiler.addresses import Addresses, Range, address_text
-from fwcompiler.edge import Forward, ResolvedEdge, udp_spans
+from fwcompiler.edge import Forward, ResolvedEdge
 from fwcompiler.proof.fields import Packet
 from fwcompiler.proof.leaving import explain_leaving
 from fwcompiler.proof.meaning import ECHO_LIMIT, Clause, Explanation, blocking, clauses, explain, explain_by, trusting
-from fwcompiler.resolve import Resolved
+from fwcompiler.resolved import Resolved
+from fwcompiler.service import udp_spans
 
 PASSING_ICMP: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {4: ((3, 11, 12), (8,)), 6: ((1, 2, 3, 4), (128,))}
 """By family: types that pass, and types that pass at a limited rate (RFC 4890, section 4.3)."""

@@ -18,7 +18,7 @@ from fwcompiler.proof.fields import Packet
 from fwcompiler.proof.meaning import Clause, Explanation, target_text
 
 if TYPE_CHECKING:
-    from fwcompiler.resolve import Resolved
+    from fwcompiler.resolved import Resolved
 
 HOOK: Final = "output"
 _PINGS = ("icmp", "icmpv6")

@@ -18,7 +18,8 @@ from fwcompiler.proof.fields import Packet
 from fwcompiler.ruleset import Limit, Period, State
 
 if TYPE_CHECKING:
-    from fwcompiler.resolve import Resolved, ResolvedService
+    from fwcompiler.resolved import Resolved
+    from fwcompiler.service import ResolvedService
 
 Verdict = Literal["accept", "drop", "reject"]
 

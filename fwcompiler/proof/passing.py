@@ -23,7 +23,7 @@ from fwcompiler.proof.meaning import clauses
 from fwcompiler.proof.prove import FAMILIES, Difference, differ
 from fwcompiler.proof.rewrite import assign, reachable, relabel
 from fwcompiler.proof.space import DESTINATION, FIRST_ATOM, INTERFACE, PORT, PROTOCOL, SOURCE, SOURCE_PORT, STATE, Condition, Space
-from fwcompiler.resolve import Resolved
+from fwcompiler.resolved import Resolved
 from fwcompiler.ruleset import Interface, Match, Rewritten, Ruleset, Translate, masqueraded, sent_on
 
 FIRST_END = -10_000

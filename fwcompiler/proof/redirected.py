@@ -27,7 +27,7 @@ from fwcompiler.proof.passing import Ends, divided
 from fwcompiler.proof.prove import FAMILIES, differ
 from fwcompiler.proof.rewrite import assign, relabel
 from fwcompiler.proof.space import FIRST_ATOM, SOURCE, Condition, Space
-from fwcompiler.resolve import Resolved
+from fwcompiler.resolved import Resolved
 from fwcompiler.ruleset import Ruleset, Translate
 
 _OUTSIDE = EVERYONE - Addresses((LOOPBACK[4],), (LOOPBACK[6],))

@@ -12,7 +12,7 @@ from fwcompiler.addresses import Ranges, range_text
 from fwcompiler.egress import Outlet
 from fwcompiler.pipeline import Compiled
 from fwcompiler.ports import PROTOCOLS, port_text
-from fwcompiler.resolve import Resolved, ResolvedGroup, ResolvedService
+from fwcompiler.resolved import Resolved, ResolvedGroup
 from fwcompiler.ruleset import (
     AddressSet,
     Chain,
@@ -39,6 +39,7 @@ from fwcompiler.ruleset import (
     Untrack,
     Verdict,
 )
+from fwcompiler.service import ResolvedService
 
 SHOWN = 24
 """Ranges up to which a set is written out."""

@@ -35,7 +35,7 @@ from fwcompiler.proof.fields import Packet
 from fwcompiler.proof.program import Point, Program, sets_of
 from fwcompiler.proof.trace import trace, trace_through
 from fwcompiler.registry import load
-from fwcompiler.resolve import Resolved
+from fwcompiler.resolved import Resolved
 from fwcompiler.ruleset import BUILT_IN, AddressSet, Ruleset, State
 
 CASES = all_cases()

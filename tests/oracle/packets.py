@@ -15,7 +15,7 @@ from fwcompiler.addresses import LAST, Addresses, address_text
 from fwcompiler.addresses import LOOPBACK as LOOPBACK_ADDRESSES
 from fwcompiler.backend import SetKind
 from fwcompiler.proof.fields import ECHO_REQUEST
-from fwcompiler.resolve import Resolved
+from fwcompiler.resolved import Resolved
 from fwcompiler.ruleset import Ruleset
 
 HOST = {4: 0xC6120001, 6: (0x20010002 << 96) + 1}

@@ -19,7 +19,7 @@ from oracle.wire import ICMP, ICMPV6, TCP, UDP, Probe, Way
 from property.strategies import HOME, own_ports
 
 from fwcompiler.addresses import LAST, address_text
-from fwcompiler.resolve import Resolved
+from fwcompiler.resolved import Resolved
 from fwcompiler.ruleset import State
 
 INTERFACE = "eth0"

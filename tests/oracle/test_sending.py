@@ -36,7 +36,7 @@ from fwcompiler.proof.leaving import HOOK, explain_leaving, leaving
 from fwcompiler.proof.prove import prove
 from fwcompiler.proof.trace import trace
 from fwcompiler.registry import load
-from fwcompiler.resolve import Resolved
+from fwcompiler.resolved import Resolved
 from fwcompiler.ruleset import Ruleset, State
 
 PER_POLICY = 160

@@ -36,7 +36,8 @@ from fwcompiler.proof.fields import Packet
 from fwcompiler.proof.meaning import Clause, clauses
 from fwcompiler.proof.passing import Ends, listed
 from fwcompiler.proof.trace import trace, trace_through
-from fwcompiler.resolve import Resolved, resolve
+from fwcompiler.resolve import resolve
+from fwcompiler.resolved import Resolved
 from fwcompiler.ruleset import Ruleset, State
 from fwcompiler.source import parse_document
 

@@ -20,7 +20,8 @@ from fwcompiler.ports import PROTOCOLS
 from fwcompiler.proof.atoms import cut
 from fwcompiler.proof.fields import Packet
 from fwcompiler.proof.program import Point, Program, sets_of
-from fwcompiler.resolve import Resolved, resolve
+from fwcompiler.resolve import resolve
+from fwcompiler.resolved import Resolved
 from fwcompiler.ruleset import STATES, Ruleset
 from fwcompiler.source import parse_document
 

@@ -21,7 +21,8 @@ from fwcompiler.proof.access import compare
 from fwcompiler.proof.edge import explain_packet
 from fwcompiler.proof.fields import packet_to
 from fwcompiler.proof.passing import edge_examples, prove_edge
-from fwcompiler.resolve import Resolved, resolve
+from fwcompiler.resolve import resolve
+from fwcompiler.resolved import Resolved
 from fwcompiler.ruleset import (
     Chain,
     Final,

@@ -18,7 +18,8 @@ from fwcompiler.fleet import pick_host
 from fwcompiler.include import load_merged
 from fwcompiler.pipeline import compile_all
 from fwcompiler.policy import validate
-from fwcompiler.resolve import Resolved, resolve
+from fwcompiler.resolve import resolve
+from fwcompiler.resolved import Resolved
 
 NAMES = ("gw", "dialer1", "dialer2.example.net", "Web1")
 

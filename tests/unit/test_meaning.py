@@ -13,7 +13,8 @@ from fwcompiler.policy import validate
 from fwcompiler.ports import parse_ports
 from fwcompiler.proof.fields import packet_to
 from fwcompiler.proof.meaning import Explanation, clauses, explain
-from fwcompiler.resolve import Resolved, resolve
+from fwcompiler.resolve import resolve
+from fwcompiler.resolved import Resolved
 from fwcompiler.source import parse_document
 
 POLICY = """version: 1

@@ -15,7 +15,8 @@ from fwcompiler.policy import validate
 from fwcompiler.proof.access import LOOPBACK_ADDRESSES, Access, AccessChange
 from fwcompiler.proof.meaning import Explanation
 from fwcompiler.report import access_lines, counters_json, diff_json, diff_text, explain_json, finding_json
-from fwcompiler.resolve import Resolved, resolve
+from fwcompiler.resolve import resolve
+from fwcompiler.resolved import Resolved
 from fwcompiler.ruleset import AddressSet, Chain, Final, InSet, Rule, Ruleset
 from fwcompiler.source import parse_document
 
