@@ -6,9 +6,9 @@ behind one address that use the same port get another one from the kernel (measu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, pairwise
 
 from fwcompiler.addresses import AddressError, Addresses, Range, Ranges, intersect, merged, parse_entry, subtract
 from fwcompiler.catalogue import CATALOGUE
@@ -202,7 +202,8 @@ class _Reading:
         given = [Chunk(d, d.rtp, self.document.locate(("hosts", d.name, "rtp"))) for d in dialers if d.rtp]
         without = [d for d in dialers if self.policy.hosts[d.name].rtp is None]
         computed = list(self._computed(without))
-        chunks = sorted((*given, *computed), key=lambda c: dialers.index(c.host))
+        order = {d.name: i for i, d in enumerate(dialers)}
+        chunks = sorted((*given, *computed), key=lambda c: order[c.host.name])
         _check_overlaps(chunks, self.report)
         self._check_values(given, computed)
         return tuple(chunks)
@@ -302,7 +303,10 @@ def _round(ports: int) -> int:
     return ports // 100 * 100 if ports >= 200 else ports // 2 * 2
 
 
-def _check_overlaps(chunks: Iterable[Chunk], report: Report) -> None:
+def _check_overlaps(chunks: Sequence[Chunk], report: Report) -> None:
+    in_order = sorted(c.span for c in chunks)
+    if all(first[1] < second[0] for first, second in pairwise(in_order)):
+        return
     for first, second in combinations(chunks, 2):
         both = intersect((first.span,), (second.span,))
         if both:

@@ -18,7 +18,7 @@ from fwcompiler.foreign import LOCAL
 from fwcompiler.proof.compose import Composed, Program, rewritten_side
 from fwcompiler.proof.conditions import Conditions, Place, fits, outs
 from fwcompiler.proof.diagram import ACCEPT, DROP, NO_CHAIN, REJECT, RETURN, Diagrams, Item, Rules
-from fwcompiler.proof.rewrite import MAY, EndsBuilder, assign, choice, graft, relabel
+from fwcompiler.proof.rewrite import MAY, EndsBuilder, assign, choice, graft, graft_all, relabel
 from fwcompiler.proof.space import DESTINATION, FIRST_ATOM, INTERFACE, PORT, SOURCE, SOURCE_PORT, STATE, Condition, Space
 from fwcompiler.ruleset import (
     STATES,
@@ -45,7 +45,7 @@ WAYS: Mapping[str, tuple[HookName, ...]] = {
 THROUGH: tuple[HookName, ...] = ("prerouting", "forward", "postrouting")
 """The whole way of a packet that is forwarded."""
 UNTRACKED, FIRST_TRANSLATION = -10, -20
-_GO_ON, _DONE = -11, -12
+_GO_ON = -11
 _NAT = {"prerouting": -100, "output": -100, "input": 100, "postrouting": 100}
 _FINAL = {Final.ACCEPT: ACCEPT, Final.DROP: DROP, Final.REJECT: REJECT, Final.RETURN: RETURN}
 
@@ -150,12 +150,8 @@ class HostProgram(Program):
             behind = assign(diagrams, rest, STATE, bit)
             where = relabel(diagrams, stage.untracked(diagrams, masks), {ACCEPT: _GO_ON, DROP: _GO_ON, REJECT: _GO_ON})
             rest = graft(diagrams, graft(diagrams, where, _GO_ON, rest), UNTRACKED, behind)
-        root = relabel(diagrams, stage.root(diagrams, masks), {ACCEPT: _GO_ON})
-        for terminal, each in stage.translations.items():
-            after = self._translated(number, each, rests, diagrams, space)
-            root = graft(diagrams, root, terminal, relabel(diagrams, after, {ACCEPT: _DONE}))
-        root = graft(diagrams, root, _GO_ON, relabel(diagrams, rest, {ACCEPT: _DONE}))
-        return relabel(diagrams, root, {_DONE: ACCEPT})
+        after = {terminal: self._translated(number, each, rests, diagrams, space) for terminal, each in stage.translations.items()}
+        return graft_all(diagrams, stage.root(diagrams, masks), {ACCEPT: rest, **after})
 
     def _masks(self, space: Space) -> Masks:
         """How conditions are placed; a subclass may know more."""

@@ -18,15 +18,16 @@ from fwcompiler.proof.conditions import Conditions, Place, ordered, outs
 from fwcompiler.proof.describe import CounterExample, assumed, box_text, example
 from fwcompiler.proof.diagram import ACCEPT, DROP, RETURN, VERDICTS, Diagrams
 from fwcompiler.proof.edge import Departure, deliveries, departures, passage
-from fwcompiler.proof.host import FIRST_TRANSLATION, THROUGH, WAYS, HostProgram, Line, Stage, seen_text, stages
+from fwcompiler.proof.host import FIRST_TRANSLATION, THROUGH, WAYS, HostProgram, Line, Masks, Stage, place_in, seen_text, stages
 from fwcompiler.proof.meaning import clauses
-from fwcompiler.proof.prove import FAMILIES, Difference, differ
+from fwcompiler.proof.prove import FAMILIES, Difference, differ, same
 from fwcompiler.proof.rewrite import assign, reachable, relabel
 from fwcompiler.proof.space import DESTINATION, FIRST_ATOM, INTERFACE, PORT, PROTOCOL, SOURCE, SOURCE_PORT, STATE, Condition, Space
 from fwcompiler.resolved import Resolved
 from fwcompiler.ruleset import Interface, Match, Rewritten, Ruleset, Translate, masqueraded, sent_on
 
 FIRST_END = -10_000
+_UNSEEN = frozenset(seen_text(hook) for hook in ("prerouting", "postrouting", "input"))
 
 Change = tuple[Ranges, tuple[int, int] | None] | None
 """New addresses and ports; None: as they were."""
@@ -87,15 +88,15 @@ class Passing(HostProgram):
             yield from stage.conditions()
         yield Condition(SOURCE, atom=rewritten_side("destination"))
 
-    def diagram(self, diagrams: Diagrams, space: Space) -> int:
-        """What becomes of every packet. What was not rewritten on the way is no rewritten one."""
-        root = HostProgram.diagram(self, diagrams, space)
-        for atom in (
-            *(seen_text(hook) for hook in ("prerouting", "postrouting", "input")),
-            *map(rewritten_side, ("destination", "source")),
-        ):
-            if atom in space.atoms:
-                root = assign(diagrams, root, FIRST_ATOM + space.atoms[atom], 1)
+    def _masks(self, space: Space) -> Masks:
+        """NAT sees first packets here, so no connection was rewritten before."""
+        return place_in(space, lambda atom: False if atom in _UNSEEN else None)
+
+    def _unwritten(self, diagrams: Diagrams, space: Space, root: int) -> int:
+        """What was not rewritten on the way is no rewritten one."""
+        for side in ("destination", "source"):
+            number = space.atoms.get(rewritten_side(side))
+            root = root if number is None else assign(diagrams, root, FIRST_ATOM + number, 1)
         return root
 
     def _translated(self, number: int, translation: Translate, rests: Sequence[int], diagrams: Diagrams, space: Space) -> int:
@@ -121,6 +122,29 @@ class Passing(HostProgram):
 
 def _covering(space: Space, number: int, ranges: Ranges) -> int:
     return sum(1 << i for i, own in enumerate(space.classes[number]) if intersect(tuple(sorted(own)), ranges))
+
+
+class _Alone(Passing):
+    """One base chain by itself: of what comes to it, anything may have been rewritten before."""
+
+    def _unwritten(self, diagrams: Diagrams, space: Space, root: int) -> int:  # noqa: ARG002 - as in the whole way
+        return root
+
+
+def same_steps(wanted: Passing, found: Passing) -> bool:
+    """True where two ways have the same base chains, one by one. Then they are the same as a whole; the contrary does not follow.
+
+    What is done to a packet depends on where it is sent and on who sent it, so a whole way through an edge grows with the square of
+    the hosts behind it. Its steps grow with their number.
+
+    Raises:
+        StepsExceeded: a ruleset is beyond what can be decided.
+    """
+    kinds = [[(s.hook, s.nat, s.untracks) for s in way.stages] for way in (wanted, found)]
+    if kinds[0] != kinds[1] or any(untracks for _, _, untracks in kinds[0]):
+        return False
+    steps = ([_Alone({}, (), way.version, (s,), way.ends, way.inside) for s in way.stages] for way in (wanted, found))
+    return all(same(first, second, wanted.version) for first, second in zip(*steps, strict=True))
 
 
 def listed(ruleset: Ruleset, version: int, names: Sequence[str], ends: Ends, *, inside: bool) -> Passing:
@@ -226,7 +250,7 @@ def _divergences(policy: Resolved, ruleset: Ruleset) -> Iterator[Divergence]:
                 meant(policy, version, names, ends, inside=inside),
                 listed(ruleset, version, names, ends, inside=inside),
             )
-            difference = differ(wanted, found, version)
+            difference = None if same_steps(wanted, found) else differ(wanted, found, version)
             if difference is not None:
                 yield Divergence(inside, difference, ends)
 

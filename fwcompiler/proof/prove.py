@@ -76,6 +76,18 @@ def prove(clauses: Sequence[Clause], ruleset: Ruleset, hook: str = "input") -> t
     return tuple(d for d in found if d is not None)
 
 
+def same(first: Program, second: Program, version: int) -> bool:
+    """True where two programs of one family are equal for all packets and all atoms.
+
+    Raises:
+        StepsExceeded: beyond what can be decided.
+    """
+    space = make_space(version, [*first.conditions(), *second.conditions()])
+    with deep_enough(space):
+        _, *roots = _build(first, second, space)
+    return roots[0] == roots[1]
+
+
 def differ(first: Program, second: Program, version: int, within: Sequence[Condition] = ()) -> Difference | None:
     """Where two programs of one family differ, or None where they are equal for all packets and all atoms.
 

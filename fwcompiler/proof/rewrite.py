@@ -49,6 +49,55 @@ def graft(diagrams: Diagrams, node: int, terminal: int, other: int) -> int:
     return _both(diagrams, node, other, end)
 
 
+def graft_all(diagrams: Diagrams, root: int, others: Mapping[int, int]) -> int:
+    """The diagram that goes on with another one for each of several terminals, all at once.
+
+    One graft after the other would walk all that was grafted before, again and again; here a part of the diagram meets only those
+    that go on from it.
+    """
+    leads_to: dict[int, tuple[int, ...]] = {}
+    memo: dict[tuple[int, tuple[int, ...]], int] = {}
+
+    def ends(node: int) -> tuple[int, ...]:
+        """The terminals below a node that have something grafted on."""
+        if node < 0:
+            return (node,) if node in others else ()
+        if node not in leads_to:
+            leads_to[node] = tuple(sorted({end for _, child in diagrams.nodes[node][1] for end in ends(child)}))
+        return leads_to[node]
+
+    def visit(node: int, rests: Mapping[int, int]) -> int:
+        """`rests`: what is left of the diagrams to go on with, by terminal of this node."""
+        if node < 0 or not rests:
+            return rests.get(node, node)
+        key = (node, tuple(rests.values()))
+        if key not in memo:
+            level = min(diagrams.level(node), *map(diagrams.level, rests.values()))
+            diagrams.step(1)
+            parts = (
+                (mask, visit(child, left))
+                for own, child in diagrams.edges(node, level)
+                for mask, left in _split(diagrams, level, own, {end: rests[end] for end in ends(child)})
+            )
+            memo[key] = _node(diagrams, level, parts)
+        return memo[key]
+
+    return visit(root, {end: others[end] for end in ends(root)})
+
+
+def _split(diagrams: Diagrams, level: int, mask: int, rests: Mapping[int, int]) -> Iterable[tuple[int, dict[int, int]]]:
+    """The classes of a mask by where each of several diagrams leads from them."""
+    parts: list[tuple[int, dict[int, int]]] = [(mask, {})]
+    for end, rest in rests.items():
+        if diagrams.level(rest) != level:
+            for _, led in parts:
+                led[end] = rest
+            continue
+        edges = diagrams.nodes[rest][1]
+        parts = [(m & own, {**led, end: child}) for m, led in parts for own, child in edges if m & own]
+    return parts
+
+
 def merge(diagrams: Diagrams, first: int, second: int) -> int:
     """Either of two diagrams: where both agree, that; elsewhere `MAY`."""
 

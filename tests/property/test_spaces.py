@@ -13,7 +13,7 @@ from property.strategies import LAW
 from fwcompiler.addresses import covers, merged
 from fwcompiler.proof.diagram import ACCEPT, DROP, NO_CHAIN, REJECT, RETURN, Diagrams, Item, Rules
 from fwcompiler.proof.diagram import Builder as PlainBuilder
-from fwcompiler.proof.rewrite import MAY, EndsBuilder, assign, choice, graft, merge, reachable, relabel
+from fwcompiler.proof.rewrite import MAY, EndsBuilder, assign, choice, graft, graft_all, merge, reachable, relabel
 from fwcompiler.proof.space import PORT, Condition, cut, make_space
 
 WIDTHS = {7: 0b111, 2: 0b1111, 9: 0b11}
@@ -152,12 +152,14 @@ def test_what_is_done_to_diagrams(first: Rules, second: Rules, names: dict[int, 
     mask = bits & WIDTHS[field] or 1
     place = list(WIDTHS).index(field)
     renamed, grafted, either = relabel(diagrams, one, names), graft(diagrams, one, DROP, other), merge(diagrams, one, other)
+    crossed = graft_all(diagrams, one, {DROP: other, REJECT: renamed})
     assigned, chosen = assign(diagrams, one, field, mask), choice(diagrams, field, mask, one, other)
 
     for p in POINTS:
         here, there = run(first, p), run(second, p)
         assert at(diagrams, renamed, p) == names.get(here, here)
         assert at(diagrams, grafted, p) == (there if here == DROP else here)
+        assert at(diagrams, crossed, p) == {DROP: there, REJECT: names.get(here, here)}.get(here, here)
         assert at(diagrams, either, p) == (here if here == there else MAY)
         assert at(diagrams, chosen, p) == (here if mask >> p[place] & 1 else there)
         after = {run(first, (*p[:place], v, *p[place + 1 :])) for v in range(WIDTHS[field].bit_length()) if mask >> v & 1}

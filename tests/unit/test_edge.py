@@ -17,10 +17,12 @@ from fwcompiler.include import load_merged
 from fwcompiler.lower import lower
 from fwcompiler.policy import validate
 from fwcompiler.ports import parse_ports
+from fwcompiler.proof import passing
 from fwcompiler.proof.access import compare
 from fwcompiler.proof.edge import explain_packet
 from fwcompiler.proof.fields import packet_to
-from fwcompiler.proof.passing import edge_examples, prove_edge
+from fwcompiler.proof.passing import Passing, edge_examples, prove_edge
+from fwcompiler.proof.prove import Difference, differ
 from fwcompiler.resolve import resolve
 from fwcompiler.resolved import Resolved
 from fwcompiler.ruleset import (
@@ -137,6 +139,35 @@ def test_the_compiled_rules_mean_what_the_policy_says(tmp_path: Path) -> None:
     policy = read(tmp_path)
 
     assert prove_edge(policy, lower(policy)) == ()
+
+
+def test_right_rules_are_proven_step_by_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ways are followed as a whole, which grows with the square of the dialers, only where a step differs."""
+    policy = read(tmp_path)
+    right = lower(policy)
+    followed: list[int] = []
+
+    def follow(first: Passing, second: Passing, version: int) -> Difference | None:
+        followed.append(version)
+        return differ(first, second, version)
+
+    monkeypatch.setattr(passing, "differ", follow)
+    assert (prove_edge(policy, right), followed) == ((), [])
+
+    chain, change, _ = MUTATIONS["SIP goes to another dialer"]
+    assert prove_edge(policy, changed(right, chain, change))
+    assert followed
+
+
+def test_steps_that_part_may_be_one_way(tmp_path: Path) -> None:
+    """A rule that only another step makes superfluous is no difference: the ways are compared as a whole then."""
+    policy = read(tmp_path)
+    right = lower(policy)
+    forward = next(c for c in right.chains if c.name == "forward")
+    assert forward.hook is not None
+    empty = Chain("more", (), replace(forward.hook, priority=10))
+
+    assert prove_edge(policy, replace(right, chains=(*right.chains, empty))) == ()
 
 
 def changed(ruleset: Ruleset, chain: str, change: Callable[[tuple[Rule, ...]], tuple[Rule, ...]]) -> Ruleset:
