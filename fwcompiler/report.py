@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from fwcompiler.addresses import BITS, NOBODY, Addresses, address_text
+from fwcompiler.addresses import BITS, NOBODY, Addresses, address_text, includes
+from fwcompiler.contents import difference
 from fwcompiler.diagnostics import Finding
 from fwcompiler.plan import Plan
 from fwcompiler.proof.access import LOOPBACK_ADDRESSES, SENDERS, Access
@@ -262,7 +263,7 @@ def access_lines(
     """
     now, held = _groups(policy) or (_groups_in(wanted) if wanted else {}), _groups_in(live) if live else {}
     groups = {**held, **{name: each for name, each in now.items() if name not in held}}
-    whole = {name: each for name, each in groups.items() if each.includes(now.get(name, NOBODY))}
+    whole = {name: each for name, each in groups.items() if _has_all(each, now.get(name, NOBODY))}
     together: dict[tuple[str, str | None, tuple[str, ...], str, bool], list[str]] = {}
     for part in parts:
         who = _who(part, policy, whole)
@@ -272,6 +273,11 @@ def access_lines(
         where = f" of {_host_name(at, policy)}{', sent there directly' if direct else ''}" if at else ""
         on = f"; it depends on {_cut('; '.join(depends))}" if depends else ""
         yield f"{who} {may} {service + ' ' if service else ''}{', '.join(ports)}{where}{on}"
+
+
+def _has_all(held: Addresses, now: Addresses) -> bool:
+    """True where all of a group's addresses now are among those it had; only what is new is searched for."""
+    return all(includes(was, difference(was, will)[1]) for was, will in ((held.v4, now.v4), (held.v6, now.v6)))
 
 
 def sending_lines(change: SendingChange, policy: Resolved | None, plus: str, minus: str) -> tuple[list[str], list[str]]:
