@@ -22,8 +22,9 @@ MAX_NAMED = 3
 def lint(policy: Resolved, report: Report, document: Document) -> None:
     """Report everything that could be left out or was hardly meant, as warnings at its place in ``document``."""
     _unused(policy, report)
-    if not policy.services and not policy.trust:
-        report.warn("covered", "the policy names no service: everything but ping will be dropped", Position(document.file, 1))
+    if not policy.services and not policy.trust and not (policy.edge and policy.edge.forwards):
+        who, at = (f"`{policy.host.name}` has", policy.host.at) if policy.host else ("the policy names", Position(document.file, 1))
+        report.warn("covered", f"{who} no service: everything but ping will be dropped", at)
     for group in policy.groups.values():
         _covered_entries(group, report)
     for service in policy.services:
