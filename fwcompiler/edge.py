@@ -325,6 +325,7 @@ def resolved_edge(
     everything = {s.name: s for s in services}
     forwards = tuple(_forwards(plan, everything, has, report))
     behind = [h for h in hosts if h is not plan.host]
+    _warn_of_not_forwarded(plan, [s for s in everything.values() if not has(plan.host, s.name)], has, behind, report)
     restricted = dict.fromkeys(f.service.name for f in forwards if f.service.early)
     others = (Forward(everything[name], h, everything[name].at) for name in restricted if name != RTP for h in behind if has(h, name))
     guarded = (*others, *(f for f in forwards if f.service.name == RTP and f.service.early))
@@ -352,6 +353,32 @@ def _forwards(
             yield Forward(services[name], host, at)
     for chunk in plan.chunks if RTP in services else ():
         yield Forward(replace(services[RTP], ports=(Ports("udp", (chunk.span,)),)), chunk.host, services[RTP].at)
+
+
+def _warn_of_not_forwarded(
+    plan: EdgePlan,
+    services: Iterable[ResolvedService],
+    has: Callable[[ResolvedHost, str], bool],
+    behind: Sequence[ResolvedHost],
+    report: Report,
+) -> None:
+    """What is open to anywhere, and only on hosts that nobody outside reaches but through the edge, ends there unless it is sent on."""
+    sent = {*SIP, RTP, *(name for name, _, _ in plan.forward)}
+    for service in services:
+        if service.groups is not None or service.name in sent or not service.ports:
+            continue
+        hosts = [h for h in behind if has(h, service.name)]
+        if not hosts or not all(_is_private(h) for h in hosts):
+            continue
+        roles = CATALOGUE[service.name].roles if service.name in CATALOGUE else ()
+        best = min(hosts, key=lambda h: next((i for i, role in enumerate(roles) if h.plays(role)), len(roles)))
+        message = f"`{service.name}` is open to anywhere, and the edge sends it to nobody: from outside it is closed"
+        report.warn("not-forwarded", message, service.at, f"forward: {{{service.name}: {best.name}}}, or narrow its `from`")
+
+
+def _is_private(host: ResolvedHost) -> bool:
+    """True where a host has no address of its own that the internet knows."""
+    return bool(host.addresses) and all(v == 4 and any(low <= a <= high for low, high in PRIVATE) for v, a in host.addresses)
 
 
 def _spare(taken: Ranges) -> Range:

@@ -59,6 +59,7 @@ def resolve(policy: Policy, document: Document, report: Report, *, today: date, 
     here = stage.hosts.get(host or "")
     services = stage.services_of(here, everything)
     plan = stage.plan
+    _warn_of_closed_https(policy, (services, here) if plan is None else (everything, None), document, report)
     edge = resolved_edge(plan, everything, stage.has, stage.hosts.values(), report) if plan else None
     ours = edge if plan and here is plan.host else None
     if ours:
@@ -451,6 +452,20 @@ def refuse_responder(services: Iterable[ResolvedService], document: Document, re
     if any(s.options.responder for s in services):
         at = document.locate(("services", "http", "redirect"))
         report.error("value", "an edge has no responder of its own", at, "forward `http` to a web host, and let the responder run there")
+
+
+def _warn_of_closed_https(
+    policy: Policy, offered: tuple[tuple[ResolvedService, ...], ResolvedHost | None], document: Document, report: Report
+) -> None:
+    """A redirect leads to tcp/443 of the same name. ``offered``: the services behind that name, and of which host they are, if of one."""
+    services, host = offered
+    entry = policy.services.get("http")
+    if entry is None or entry.redirect not in ("responder", "web-server") or all(s.name != "http" for s in services):
+        return
+    if not any(overlap(each, Ports("tcp", ((443, 443),))) for s in services for each in s.ports):
+        message = f"HTTP is redirected to HTTPS, and no service{f' of `{host.name}`' if host else ''} is on tcp/443, which is closed"
+        hint = "https: {from: anywhere} beside it, or redirect: closed"
+        report.warn("redirect", message, document.locate(("services", "http", "redirect")), hint)
 
 
 def _refuse_overlaps(services: tuple[ResolvedService, ...], report: Report) -> None:
