@@ -465,7 +465,7 @@ def _warn_of_closed_https(
     if not any(overlap(each, Ports("tcp", ((443, 443),))) for s in services for each in s.ports):
         message = f"HTTP is redirected to HTTPS, and no service{f' of `{host.name}`' if host else ''} is on tcp/443, which is closed"
         hint = "https: {from: anywhere} beside it, or redirect: closed"
-        report.warn("redirect", message, document.locate(("services", "http", "redirect")), hint)
+        report.warn("https-closed", message, document.locate(("services", "http", "redirect")), hint)
 
 
 def _refuse_overlaps(services: tuple[ResolvedService, ...], report: Report) -> None:

@@ -73,12 +73,12 @@ def test_a_redirect_to_a_closed_port(tmp_path: Path, mode: str) -> None:
     """A redirect leads to tcp/443: where no service is, nobody arrives. Any service there will do, behind an edge on any host."""
     http = f"  http: {{from: anywhere, redirect: {mode}}}\n"
 
-    assert [f[:2] for f in warned(tmp_path, ALONE + http) if f[0] == "redirect"] == [("redirect", 4)]
-    assert "redirect" not in {f[0] for f in warned(tmp_path, f"{ALONE}{http}  https: {{from: [office]}}\n")}
-    assert "redirect" not in {f[0] for f in warned(tmp_path, f"{ALONE}{http}  portal: {{ports: [tcp/440-450], from: [office]}}\n")}
-    assert "redirect" not in {f[0] for f in warned(tmp_path, ALONE + http.replace(mode, "closed") + "  rtp: {from: anywhere}\n")}
+    assert [f[:2] for f in warned(tmp_path, ALONE + http) if f[0] == "https-closed"] == [("https-closed", 4)]
+    assert "https-closed" not in {f[0] for f in warned(tmp_path, f"{ALONE}{http}  https: {{from: [office]}}\n")}
+    assert "https-closed" not in {f[0] for f in warned(tmp_path, f"{ALONE}{http}  portal: {{ports: [tcp/440-450], from: [office]}}\n")}
+    assert "https-closed" not in {f[0] for f in warned(tmp_path, ALONE + http.replace(mode, "closed") + "  rtp: {from: anywhere}\n")}
 
     edge = POLICY.replace("{https: w1}", "{https: w1, http: d1}").replace("https: {from: anywhere}", "https: {from: anywhere, on: web}")
-    assert "redirect" not in {f[0] for f in warned(tmp_path, edge + http)}
+    assert "https-closed" not in {f[0] for f in warned(tmp_path, edge + http)}
     several = edge.replace(edge[edge.index("edge: {") : edge.index("services:")], "")
-    assert [f[1] for f in warned(tmp_path, several + http) if f[0] == "redirect"] == [11]
+    assert [f[1] for f in warned(tmp_path, several + http) if f[0] == "https-closed"] == [11]
