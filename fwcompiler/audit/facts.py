@@ -82,6 +82,17 @@ class Published:
 
 
 @dataclass(frozen=True, slots=True)
+class Changed:
+    """What a rule of others changes about packets, in words with the rule. `opens`: it lets in what this policy keeps out, for certain;
+    `ports`: which of its ports it hands on to another address then.
+    """
+
+    text: str
+    opens: bool = False
+    ports: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Rules:
     """What packet filters hold besides ours."""
 
@@ -90,8 +101,7 @@ class Rules:
     nft: int = 0
     """Rules of iptables-nft and tables of nftables."""
     published: tuple[Published, ...] = ()
-    meddling: tuple[str, ...] = ()
-    """What rules of others change about packets, each with the rule."""
+    meddling: tuple[Changed, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

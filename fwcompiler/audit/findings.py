@@ -26,7 +26,7 @@ CODES: dict[str, str] = {
     "certificate-none": "a TLS port that does not speak TLS",
     "certificate-stale": "a server that shows another certificate than the file it is configured with",
     "conntrack-room": "a connection table that is nearly full, or too small for the audio ports",
-    "docker-bypass": "a published port that is handed on before the policy is asked",
+    "docker-bypass": "a port that rules of others hand on before the policy is asked",
     "drift": "live rules that differ from the policy",
     "external-address": "an external address in Asterisk's configuration that does not fit the host",
     "forwarding-off": "an edge whose kernel does not send packets on",

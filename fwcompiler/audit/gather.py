@@ -19,6 +19,7 @@ from fwcompiler.audit.facts import (
     ASTERISK_FILES,
     Answer,
     CertificateFile,
+    Changed,
     Conntrack,
     Drift,
     Facts,
@@ -244,8 +245,8 @@ class _Gatherer:
         handed_on = tuple(reversed(unique.values()))
         return Rules(filters.legacy_rules(), filters.nft_rules(), handed_on, self._meddling(live, handed_on))
 
-    def _meddling(self, live: Ruleset | None, handed_on: Sequence[Published]) -> tuple[str, ...]:
-        """What rules of others change about packets, one example a rule; published ports are told by themselves.
+    def _meddling(self, live: Ruleset | None, handed_on: Sequence[Published]) -> tuple[Changed, ...]:
+        """What rules of others change about packets, one example a rule and direction; published ports are told by themselves.
 
         What hands packets on by a map is seen here only: the listing that published ports are read from has no contents.
         """
@@ -258,7 +259,8 @@ class _Gatherer:
             self.left_out += [*(f"rules of others: {what}" for what in whole.unread), *passing]
         try:
             found = meddling(whole) if whole else ()
-            return tuple({each.by: str(each) for each in reversed(found) if not _is_told(each, handed_on)}.values())
+            changes = ((each.by, _changed(each)) for each in reversed(found) if not _is_told(each, handed_on))
+            return tuple({(by, each.opens): each for by, each in changes}.values())
         except StepsExceeded:
             self.left_out.append("rules of others: they are more than can be decided")
             return ()
@@ -286,6 +288,13 @@ class _Gatherer:
             self.left_out.append(f"lock-out: who is in {', '.join(coming)} at present is not known without the live rules")
             return ()
         return judge(everybody, self._compiled.ruleset, Ruleset(), self._compiled).locked_out
+
+
+def _changed(found: Meddling) -> Changed:
+    opens = found.certain and not found.packet.leaving and found.ours in ("drop", "reject") and found.host in ("accept", "redirect")
+    protocol = next((name for name in ("tcp", "udp") if PROTOCOLS[name] == found.packet.protocol), "")
+    ports = f"{protocol}/{found.packet.port}" if opens and found.host == "redirect" and protocol else ""
+    return Changed(str(found), opens, ports)
 
 
 def _is_told(found: Meddling, handed_on: Sequence[Published]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
-from fwcompiler.audit.facts import Answer, Conntrack, Drift, Facts, Helper, Rules
+from fwcompiler.audit.facts import Answer, Changed, Conntrack, Drift, Facts, Helper, Rules, Severity
 from fwcompiler.audit.findings import Issue, of_policy
 from fwcompiler.diagnostics import Position
 from fwcompiler.kernel.hostfacts import Routing
@@ -52,8 +52,7 @@ def _rules(rules: Rules) -> Iterator[Issue]:
         message = f"{ports} is handed on to {each.to} by {each.by}, before this policy is asked: whoever reaches the host reaches it"
         remedy = f"publish it on one address only (`127.0.0.1:{each.span[0]}:…`), or filter it where it is forwarded (docker: DOCKER-USER)"
         yield Issue("docker-bypass", "error", message, place=ports, remedy=remedy)
-    for line in rules.meddling:
-        yield Issue("rules-before", "warning", line, place="packet filter", remedy="if that is not meant, take the rule out")
+    yield from map(_changed, rules.meddling)
     if rules.legacy and rules.nft:
         message = (
             f"{rules.legacy} rules of iptables-legacy are in force beside nftables: every packet passes both, and each tool shows half"
@@ -61,6 +60,14 @@ def _rules(rules: Rules) -> Iterator[Issue]:
         yield Issue(
             "two-variants", "warning", message, place="packet filter", remedy="move the legacy rules over, then `iptables-legacy -F`"
         )
+
+
+def _changed(found: Changed) -> Issue:
+    if found.ports:
+        remedy = "take the rule out, or filter it where it is forwarded (docker: DOCKER-USER)"
+        return Issue("docker-bypass", "error", found.text, place=found.ports, remedy=remedy)
+    severity: Severity = "error" if found.opens else "warning"
+    return Issue("rules-before", severity, found.text, place="packet filter", remedy="if that is not meant, take the rule out")
 
 
 def _redirects(policy: Resolved, facts: Facts) -> Iterator[Issue]:

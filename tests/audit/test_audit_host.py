@@ -344,7 +344,9 @@ def test_ports_that_a_map_hands_on(host: Host) -> None:
         made.run("nft", BY_MAP)
         ran = audit(host)
 
-    assert re.search(r"rules-before.*tcp/7777.* redirects them: table ip published, chain p: dnat to tcp dport map @ports", ran.out)
+    assert re.search(
+        r"tcp/7777: error\[docker-bypass\].* redirects them: table ip published, chain p: dnat to tcp dport map @ports", ran.out
+    )
     assert "tcp/7778: error[docker-bypass]" in ran.out
 
 
@@ -355,6 +357,18 @@ add map ip published ports { type inet_service : ipv4_addr; elements = { 7777 : 
 add rule ip published p dnat to tcp dport map @ports
 add rule ip published p tcp dport 7778 dnat to 172.17.0.6:80
 """
+
+
+def test_rules_in_front_of_ours(host: Host) -> None:
+    """A rule that lets strangers in before ours are asked is an error; one that keeps somebody out is a warning."""
+    host.backend = "iptables-nft"
+    host.apply(POLICY)
+    host.iptables("-I", "INPUT", "-p", "tcp", "--dport", "7779", "-j", "ACCEPT")
+    host.iptables("-I", "INPUT", "-s", "192.0.2.66", "-j", "DROP")
+    ran = audit(host)
+
+    assert re.search(r"error\[rules-before\].*tcp/7779.*but the host accepts them", ran.out)
+    assert re.search(r"warning\[rules-before\].*192.0.2.66.*but the host drops them", ran.out)
 
 
 def test_servers_that_talk_something_else(host: Host) -> None:
