@@ -14,6 +14,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from glob import glob, has_magic
+from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -33,6 +34,13 @@ RTP_FIRST, RTP_LAST, RTP_LOWEST = 5000, 31000, 1024
 _TRUE = ("yes", "true", "y", "t", "1", "on")
 
 
+class TooLarge(Exception):
+    """A file holds more than `MAX_BYTES`."""
+
+    def __init__(self) -> None:
+        super().__init__(f"larger than {MAX_BYTES >> 20} MiB")
+
+
 class Reader(Protocol):
     """Where files come from."""
 
@@ -40,7 +48,11 @@ class Reader(Protocol):
         """Paths of the files that a path or a shell pattern means, sorted; also of those that may be there and cannot be seen."""
 
     def text(self, path: str) -> str | None:
-        """Text of a file; None where it cannot be read."""
+        """Text of a file; None where it cannot be read.
+
+        Raises:
+            TooLarge: it is not read in part, since what is missing would be taken for what is not set.
+        """
 
 
 class Disk:
@@ -59,9 +71,12 @@ class Disk:
             if not stat.S_ISREG(Path(path).stat().st_mode):
                 return None
             with Path(path).open("rb") as stream:
-                return stream.read(MAX_BYTES).decode("utf-8-sig", errors="replace")
+                raw = stream.read(MAX_BYTES + 1)
         except (OSError, ValueError):  # ValueError: a NUL byte in the path
             return None
+        if len(raw) > MAX_BYTES:
+            raise TooLarge
+        return raw.decode("utf-8-sig", errors="replace")
 
 
 def _may_be_file(path: str) -> bool:
@@ -155,7 +170,11 @@ class Configuration:
 
 
 def read_configuration(path: str, folder: str, reader: Reader) -> Configuration | None:
-    """A file with its includes, which are relative to `folder`; None where it cannot be read."""
+    """A file with its includes, which are relative to `folder`; None where it cannot be read.
+
+    Raises:
+        TooLarge: the file itself is. An include that is gets a note.
+    """
     text = reader.text(path)
     if text is None:
         return None
@@ -248,12 +267,16 @@ class _Parser:
         if self._files > MAX_FILES:
             raise _Refused(f"more than {MAX_FILES} files are included")
         pattern = name if name.startswith("/") else f"{self._folder}/{name}"
-        paths = self._reader.match(pattern)
+        paths = [path for each in _braced(pattern) for path in self._reader.match(each)]
         if not paths and not optional:
             raise _Refused(f"`#include {name}`: there is no such file")
         self._files += len(paths)
         for path in paths:
-            text = self._reader.text(path)
+            try:
+                text = self._reader.text(path)
+            except TooLarge as error:
+                self._note(at.file, at.line, f"{path} is included and is {error}: what it adds is not looked at")
+                continue
             if text is None:
                 self._note(at.file, at.line, f"{path} is included and cannot be read here: what it adds is not looked at")
             else:
@@ -278,6 +301,49 @@ class _Parser:
             name, value = name.strip(), value.removeprefix(">").strip()
         if name:
             current.settings.append(Setting(name, value, at))
+
+
+def _braced(pattern: str) -> list[str]:
+    """The patterns that one with `{a,b}` stands for, in order: Asterisk's includes go through glob(3) with GLOB_BRACE.
+
+    As there, a brace that is never closed is no brace, and neither is anything behind it.
+    """
+    found: list[str] = []
+    left = [pattern]
+    for _ in range(MAX_FILES):
+        if not left:
+            return found
+        each = left.pop()
+        borders = _first_brace(each)
+        if borders is None:
+            found.append(each)
+        else:
+            before, behind = each[: borders[0]], each[borders[-1] + 1 :]
+            left += reversed([f"{before}{each[low + 1 : high]}{behind}" for low, high in pairwise(borders)])
+    if left:
+        raise _Refused(f"a pattern stands for more than {MAX_FILES} others")
+    return found
+
+
+def _first_brace(pattern: str) -> list[int] | None:
+    """Where the first brace opens, its alternatives part, and it closes."""
+    borders: list[int] = []
+    depth = i = 0
+    while i < len(pattern):
+        letter = pattern[i]
+        if letter == "\\":
+            i += 1
+        elif letter == "{":
+            depth += 1
+            borders += [i] if depth == 1 else []
+        elif depth == 1 and letter in ",}":
+            borders.append(i)
+            if letter == "}":
+                return borders
+        elif letter == "}" and depth:
+            depth -= 1
+        i += 1
+    return None
 
 
 def _unquoted(text: str) -> str:

@@ -12,7 +12,7 @@ from itertools import combinations
 from pathlib import Path
 
 from fwcompiler.addresses import EVERYONE, LOOPBACK, NOBODY, AddressError, Addresses, parse_entry
-from fwcompiler.asterisk import Disk, Problem, read_configuration, rtp_ports
+from fwcompiler.asterisk import MAX_BYTES, Disk, Problem, read_configuration, rtp_ports
 from fwcompiler.catalogue import CATALOGUE, RESPONDER_PORT, Class
 from fwcompiler.diagnostics import Position, Report, did_you_mean
 from fwcompiler.durations import seconds
@@ -296,7 +296,7 @@ class _Stage:
             self.report.error("value", "`rtp` has both `ports` and `rtp_conf`", key, "keep one of them")
             return ()
         where = str(Path(at.file).parent / file)
-        if read_file(where, self.report, at) is None:
+        if read_file(where, self.report, at, limit=MAX_BYTES) is None:
             return ()
         configuration = read_configuration(where, str(Path(where).parent), Disk())
         assert configuration is not None

@@ -30,7 +30,7 @@ def agreement(policy: Resolved, facts: Facts) -> Iterator[Issue]:
     """Everything but SIP."""
     for configuration in facts.asterisk.values():
         yield from file_notes(configuration)
-    if facts.asterisk:
+    if facts.asterisk and "rtp.conf" not in facts.asterisk_unread:
         yield from rtp(policy, facts)
     if http_conf := facts.asterisk.get("http.conf"):
         yield from http(policy, http_conf)

@@ -133,6 +133,8 @@ class Facts:
     now: datetime = field(default_factory=lambda: datetime.fromtimestamp(0))
     asterisk_folder: str = ""
     asterisk: Mapping[str, Configuration] = field(default_factory=dict)
+    asterisk_unread: frozenset[str] = frozenset()
+    """Files of Asterisk's that are there and could not be read."""
     addresses: tuple[OwnAddress, ...] | None = None
     listeners: tuple[Listener, ...] | None = None
     local_ports: Range | None = None

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from fwcompiler.addresses import NOBODY, Addresses, Ranges, address_text, merged, parse_address
-from fwcompiler.asterisk import FOLDER, Configuration, Disk, read_configuration
+from fwcompiler.asterisk import FOLDER, Configuration, Disk, TooLarge, read_configuration
 from fwcompiler.audit.agreement import TLS_PORT, http_binds
 from fwcompiler.audit.exposure import beyond
 from fwcompiler.audit.facts import (
@@ -86,7 +86,7 @@ class _Gatherer:
 
     def facts(self) -> Facts:
         """Everything; the live rules last, since trying rules out without root leaves the host's network."""
-        folder, asterisk = self._asterisk()
+        folder, asterisk, unread = self._asterisk()
         if self._wishes.authority is not None:
             web.require_authority(self._wishes.authority)
         namespace = self._host.namespace if self._host else Namespace()
@@ -110,6 +110,7 @@ class _Gatherer:
             now=datetime.now(UTC),
             asterisk_folder=folder,
             asterisk=asterisk,
+            asterisk_unread=unread,
             addresses=own,
             listeners=listeners,
             local_ports=local_ports,
@@ -138,29 +139,37 @@ class _Gatherer:
             self.left_out.append(f"{what}: {failure.message or failure}{hint}")
             return None
 
-    def _asterisk(self) -> tuple[str, dict[str, Configuration]]:
+    def _asterisk(self) -> tuple[str, dict[str, Configuration], frozenset[str]]:
+        """The folder, what was read of its files, and which of them are there and could not be."""
         folder = self._wishes.asterisk or FOLDER
         if not Path(folder).is_dir():
             if self._wishes.asterisk:
                 raise UsageError(f"there is no folder `{folder}`", hint="--asterisk-dir names the folder of rtp.conf and its likes")
             self.left_out.append(f"agreement with Asterisk: there is no folder {folder} (--asterisk-dir names another)")
-            return folder, {}
+            return folder, {}, frozenset()
         if not os.access(folder, os.R_OK | os.X_OK):
             self.left_out.append(f"agreement with Asterisk: {folder} cannot be looked into ({_RIGHTS})")
-            return folder, {}
+            return folder, {}, frozenset()
         found: dict[str, Configuration] = {}
+        unread: set[str] = set()
         for name in ASTERISK_FILES:
             path = f"{folder.rstrip('/')}/{name}"
-            configuration = read_configuration(path, folder, Disk())
+            try:
+                configuration = read_configuration(path, folder, Disk())
+            except TooLarge as error:
+                unread.add(name)
+                self.left_out.append(f"agreement with Asterisk: {path} is {error}")
+                continue
             if configuration is not None:
                 found[name] = configuration
             elif os.path.lexists(path):
+                unread.add(name)
                 reason = hostfacts.content(path)
                 why = f": {reason}" if isinstance(reason, str) and "permission" not in reason else f" ({_RIGHTS})"
                 self.left_out.append(f"agreement with Asterisk: {path} cannot be read{why}")
         if not found and not any(folder in line for line in self.left_out):
             self.left_out.append(f"agreement with Asterisk: {folder} holds none of {', '.join(ASTERISK_FILES)}")
-        return folder, found
+        return folder, found, frozenset(unread)
 
     def _ports_of(self, names: Sequence[str], usual: Sequence[int]) -> list[int]:
         named = [low for s in self._policy.services if s.name in names for p in s.ports if p.protocol == "tcp" for low, _ in p.ranges]

@@ -14,6 +14,8 @@ import pytest
 from audit.dialer import EXAMPLES, NAME, OK, REDIRECT, Dialer, certificate, dialer
 from cli.harness import BACKENDS, Host, Ran, program, valid
 
+from fwcompiler.asterisk import MAX_BYTES
+
 POLICY = """version: 1
 name: dialer1
 groups:
@@ -369,6 +371,20 @@ def test_rules_in_front_of_ours(host: Host) -> None:
 
     assert re.search(r"error\[rules-before\].*tcp/7779.*but the host accepts them", ran.out)
     assert re.search(r"warning\[rules-before\].*192.0.2.66.*but the host drops them", ran.out)
+
+
+def test_an_rtp_conf_that_is_too_large(host: Host) -> None:
+    """It is left out, with the reason; nothing is said about what it sets."""
+    host.apply(POLICY)
+    (host.folder / "asterisk").mkdir()
+    (host.folder / "asterisk" / "http.conf").write_text(HTTP_CONF, encoding="utf-8")
+    (host.folder / "asterisk" / "rtp.conf").write_bytes(b"[general]\n" + b"\n" * MAX_BYTES)
+    ran = audit(host, "--json")
+
+    assert not {"rtp-values", "rtp-range"} & {f["code"] for f in ran.json["findings"]}
+    assert [line for line in ran.json["left_out"] if "rtp.conf" in line] == [
+        "agreement with Asterisk: asterisk/rtp.conf is larger than 8 MiB"
+    ]
 
 
 def test_servers_that_talk_something_else(host: Host) -> None:

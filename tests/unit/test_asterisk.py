@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from fwcompiler.asterisk import Configuration, Disk, Section, read_configuration, rtp_ports
+from fwcompiler.asterisk import MAX_BYTES, Configuration, Disk, Section, TooLarge, read_configuration, rtp_ports
+from fwcompiler.diagnostics import PolicyRejected
+from fwcompiler.pipeline import compile_policy
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "audit" / "asterisk"
 
@@ -121,6 +123,60 @@ def test_includes_are_relative_to_the_folder_and_take_patterns() -> None:
     assert section is not None
     assert str(section.settings[0].at) == "/a/inc1.conf:1:1"
     assert found.notes == []
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("{a,b}.conf", "ab"),
+        ("{b,a}.conf", "ba"),
+        ("{a}.conf", "a"),
+        ("{[a-b],c}.conf", "abc"),
+        ("{a,{b,c}}.con{f,g}", "abc"),
+        ("{c,}a.conf", "a"),
+        ("*{.conf,.none}", "abcx"),
+    ],
+)
+def test_braces_in_includes(pattern: str, names: str) -> None:
+    """`{a,b}` stands for both, one after the other, as glob(3) with GLOB_BRACE has it."""
+    texts = {f"/a/{name}.conf": f"{name}=1\n" for name in "abc"} | {"/a/x.conf": "x=1\n", "/b/y.conf": f"[s]\n#include {pattern}\n"}
+    found = read_configuration("/b/y.conf", "/a", Texts(texts))
+
+    assert found is not None
+    assert (found.notes, "".join(name for name, _ in values(found.section("s")))) == ([], names)
+
+
+@pytest.mark.parametrize("pattern", ["{a,b.conf", "a},b.conf", "\\{a,b\\}.conf", "{a,b}" * 400, "{" * 3000, "{a," * 2000 + "}" * 2000])
+def test_braces_that_lead_nowhere(pattern: str) -> None:
+    """Open and escaped braces are no braces, and nobody waits for patterns that stand for millions."""
+    found = read(f"[s]\n#include {pattern}\n", a_conf="a=1\n", b_conf="b=1\n")
+
+    assert [(n.at.line, n.refused) for n in found.notes] == [(2, True)]
+
+
+def test_files_that_are_too_large(tmp_path: Path) -> None:
+    """A file is read whole or not at all: settings behind a cut would be taken for not set."""
+    large = tmp_path / "large.conf"
+    large.write_bytes(b";" + b"\n" * (MAX_BYTES - 6) + b"[s]\n\n")
+    assert Disk().text(str(large)) is not None
+
+    large.write_bytes(b"\n" * MAX_BYTES + b"[s]\na=1\n")
+    with pytest.raises(TooLarge, match="larger than 8 MiB"):
+        read_configuration(str(large), str(tmp_path), Disk())
+    (tmp_path / "x.conf").write_text("[s]\n#include large.conf\n", encoding="utf-8")
+    found = read_configuration(str(tmp_path / "x.conf"), str(tmp_path), Disk())
+    assert found is not None
+    assert [(n.at.line, n.refused, "larger than 8 MiB" in n.message) for n in found.notes] == [(2, False, True)]
+
+
+def test_a_policy_that_names_one_too_large(tmp_path: Path) -> None:
+    """That is what is said, and nothing about ports that are not set."""
+    (tmp_path / "rtp.conf").write_bytes(b"[general]\n" + b"\n" * MAX_BYTES + b"rtpstart=10000\nrtpend=20000\n")
+    (tmp_path / "policy.yaml").write_text("version: 1\nservices: {rtp: {from: anywhere, rtp_conf: rtp.conf}}\n", encoding="utf-8")
+    with pytest.raises(PolicyRejected) as rejected:
+        compile_policy(str(tmp_path / "policy.yaml"))
+
+    assert [f.code for f in rejected.value.findings] == ["file-size"]
 
 
 def test_includes_that_this_user_may_not_read() -> None:
