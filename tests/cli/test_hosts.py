@@ -98,7 +98,7 @@ def test_twelve_dialers_behind_one_address(tmp_path: Path, capsys: pytest.Captur
     policy = nat_policy(tmp_path, "cluster-12-behind-nat.csv")
     assert cli.run(["check", str(policy), "--backend", "nftables", "--json"]) == 0, capsys.readouterr().err
     found = json.loads(capsys.readouterr().out)
-    assert [f["code"] for f in found["findings"] if f["severity"] == "warning"] == ["local-ports"]
+    assert [f["code"] for f in found["findings"] if f["severity"] == "warning"] == ["local-ports", "not-forwarded", "not-forwarded"]
     out = tmp_path / "out"
     assert cli.run(["compile", str(policy), "--all", "-o", str(out), "--backend", "nftables", "-q"]) == 0
 
